@@ -1,0 +1,1 @@
+"""Triton kernels and their plain-torch oracles; knows nothing of sae_persona."""

@@ -1,0 +1,81 @@
+"""Find the features that make a language model play a persona, and turn them up or down.
+
+The public names, each loaded when it is first asked for: `import sae_persona` itself loads nothing heavy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_persona.activations.dialogues import Dialogue as Dialogue
+    from sae_persona.activations.hooks import read as read
+    from sae_persona.activations.lm import LM as LM
+    from sae_persona.activations.lm import load_lm as load_lm
+    from sae_persona.activations.lm import wrap_lm as wrap_lm
+    from sae_persona.activations.stream import StreamConfig as StreamConfig
+    from sae_persona.activations.stream import stream as stream
+    from sae_persona.attribution.rank import RankConfig as RankConfig
+    from sae_persona.attribution.rank import rank as rank
+    from sae_persona.attribution.ranking import Ranking as Ranking
+    from sae_persona.errors import SaePersonaError as SaePersonaError
+    from sae_persona.features.measure import MeasureConfig as MeasureConfig
+    from sae_persona.features.measure import measure as measure
+    from sae_persona.features.stats import LatentStats as LatentStats
+    from sae_persona.report.page import write_report as write_report
+    from sae_persona.runs import Run as Run
+    from sae_persona.sae.formats import load_sae as load_sae
+    from sae_persona.sae.formats import save_sae as save_sae
+    from sae_persona.sae.model import SAE as SAE
+    from sae_persona.sae.quality import quality as quality
+    from sae_persona.sae.train import TrainConfig as TrainConfig
+    from sae_persona.sae.train import train as train
+    from sae_persona.steering.answers import answer as answer
+    from sae_persona.steering.apply import intervene as intervene
+    from sae_persona.steering.export.native import export as export
+    from sae_persona.steering.export.native import load_intervention as load_intervention
+    from sae_persona.steering.interventions import Ablate as Ablate
+    from sae_persona.steering.interventions import Add as Add
+    from sae_persona.steering.interventions import Clamp as Clamp
+    from sae_persona.steering.interventions import Scale as Scale
+    from sae_persona.steering.sweep import SweepConfig as SweepConfig
+    from sae_persona.steering.sweep import sweep as sweep
+    from sae_persona.types import HookPoint as HookPoint
+    from sae_persona.types import SparseLatents as SparseLatents
+
+_HOMES = {
+    "activations.dialogues": ("Dialogue",),
+    "activations.hooks": ("read",),
+    "activations.lm": ("LM", "load_lm", "wrap_lm"),
+    "activations.stream": ("StreamConfig", "stream"),
+    "attribution.rank": ("RankConfig", "rank"),
+    "attribution.ranking": ("Ranking",),
+    "errors": ("SaePersonaError",),
+    "features.measure": ("MeasureConfig", "measure"),
+    "features.stats": ("LatentStats",),
+    "report.page": ("write_report",),
+    "runs": ("Run",),
+    "sae.formats": ("load_sae", "save_sae"),
+    "sae.model": ("SAE",),
+    "sae.quality": ("quality",),
+    "sae.train": ("TrainConfig", "train"),
+    "steering.answers": ("answer",),
+    "steering.apply": ("intervene",),
+    "steering.export.native": ("export", "load_intervention"),
+    "steering.interventions": ("Ablate", "Add", "Clamp", "Scale"),
+    "steering.sweep": ("SweepConfig", "sweep"),
+    "types": ("HookPoint", "SparseLatents"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

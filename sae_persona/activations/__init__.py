@@ -1,0 +1,1 @@
+"""Texts to streamed residual activations."""

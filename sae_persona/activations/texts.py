@@ -1,0 +1,114 @@
+"""Texts and dialogues from a file, a data set on disk or any iterable."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_persona.activations.dialogues import Dialogue
+from sae_persona.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Texts in a fixed order that can be gone through any number of times. Made by ``read_texts``."""
+
+    source: Path | Iterable[Any]
+    field: str
+
+    def __iter__(self) -> Iterator[str | Dialogue]:
+        for where, row in _rows(self.source):
+            yield _text(row, where, self.field)
+
+
+def read_texts(source: str | Path | Iterable[Any] | Texts, *, field: str = "text") -> Texts:
+    """Texts of ``source``, read as they are asked for; the first one is read now.
+
+    source   .txt (a text a line; blank lines are skipped), .jsonl, .parquet, a folder written by
+             ``datasets.Dataset.save_to_disk``, or an iterable of str, Dialogue or rows. A generator is read whole
+    field    the field of a row that holds the text. Rows with ``messages`` or ``labels`` become a Dialogue
+
+    DataError for a source that is missing, empty or of another kind, and, with the line, for a row that is not right.
+    """
+    if isinstance(source, Texts):
+        return source
+    if isinstance(source, str | Path):
+        source = Path(source).expanduser()
+    elif isinstance(source, Iterator):
+        source = list(source)  # it could be gone through once only
+    texts = Texts(source, field)
+    if next(iter(texts), None) is None:
+        raise DataError(f"{source if isinstance(source, Path) else 'the list of texts'} is empty: it needs a text")
+    return texts
+
+
+def _text(row: Any, where: str, field: str) -> str | Dialogue:
+    if isinstance(row, str | Dialogue):
+        return row
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a text, a row of named fields or a Dialogue is wanted, got {type(row).__name__}")
+    if row.get("messages") is not None:
+        return Dialogue.from_row(row, where)
+    if not isinstance(row.get(field), str):
+        raise DataError(f"{where} has no text in field {field!r}: its fields are {', '.join(row)}. Pass --field NAME.")
+    if row.get("labels") is not None:
+        return Dialogue.from_row({**row, "text": row[field]}, where)
+    return row[field]
+
+
+def _rows(source: Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Each row, with where it stands in words."""
+    if not isinstance(source, Path):
+        return ((f"text {i}", row) for i, row in enumerate(source))
+    if not source.exists():
+        raise DataError(f"no texts at {source}: there is no such file or folder")
+    if source.is_dir():
+        return _saved_rows(source)
+    readers = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    if source.suffix not in readers:
+        raise DataError(f"cannot tell what {source} is: texts come as {', '.join(readers)} or a saved data set")
+    return readers[source.suffix](source)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(path):
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for i, row in enumerate(rows):
+            yield f"{path} row {i}", row
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a parquet file: {error}") from error
+
+
+def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    if (folder / "dataset_dict.json").exists():
+        splits = ", ".join(str(part) for part in sorted(folder.iterdir()) if part.is_dir())
+        raise DataError(f"{folder} holds several data sets: give one of {splits}")
+    if not (folder / "state.json").exists():
+        raise DataError(f"{folder} is not a data set: `datasets.Dataset.save_to_disk` writes a state.json")
+    for i, row in enumerate(datasets.Dataset.load_from_disk(str(folder))):
+        yield f"{folder} row {i}", row

@@ -1,0 +1,1 @@
+"""Which latents go with which persona, and how sure that is."""

@@ -1,0 +1,91 @@
+"""How strongly each latent goes with a label: four measures, each with its 95 % interval, all latents at once."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+from sae_persona.attribution.midranks import SortedColumns
+
+_TAIL = 0.975
+_NORMAL = ndtri(_TAIL)
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % confidence interval; of one latent, or arrays [n_latents]."""
+
+    value: Any
+    low: Any
+    high: Any
+
+    def at(self, latent: int) -> "Interval":
+        """The numbers of one latent."""
+        return Interval(*(float(part[latent]) for part in self))
+
+
+@dataclass(frozen=True)
+class Association:
+    """Measures of each latent f against a label y, arrays [n_latents] in each interval.
+
+    auroc       P(f of a positive > f of a negative), ties half; DeLong's interval (Biometrics 44, 1988), clipped to
+                [0, 1]. Its width is 0 at 0 and 1: no sample can say how far beyond perfect it is
+    r           point-biserial (Pearson) correlation; Fisher's z interval. NaN where f or y does not vary
+    difference  mean of f with the label minus without, in activation units; Welch's interval
+    d           Cohen's d, by the pooled standard deviation; Hedges and Olkin's large-sample interval (1985, ch. 5)
+    """
+
+    auroc: Interval
+    r: Interval
+    difference: Interval
+    d: Interval
+
+
+def associate(columns: SortedColumns, y: np.ndarray) -> Association:
+    """Measure every column against ``y`` [m] bool, of which at least two are True and two False."""
+    positive, negative = columns[y], columns[~y]
+    n1, n0 = positive.m, negative.m
+    mean1, spread1 = _moments(positive, positive.value)
+    mean0, spread0 = _moments(negative, negative.value)
+    difference = mean1 - mean0
+    _, spread = _moments(columns, columns.value)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = np.clip(difference * np.sqrt(n1 * n0 / (n1 + n0) / spread), -1, 1)
+        d = difference / np.sqrt((spread1 + spread0) / (n1 + n0 - 2))
+        return Association(
+            auroc=_auroc(columns, positive, negative, y),
+            r=_around(np.arctanh(r), _NORMAL / np.sqrt(max(n1 + n0 - 3, 1)), through=np.tanh),
+            difference=_welch(difference, spread1 / (n1 - 1) / n1, spread0 / (n0 - 1) / n0, n1, n0),
+            d=_around(d, _NORMAL * np.sqrt((n1 + n0) / (n1 * n0) + d**2 / (2 * (n1 + n0)))),
+        )
+
+
+def _around(value: np.ndarray, half_width: Any, through: Any = lambda x: x) -> Interval:
+    return Interval(through(value), through(value - half_width), through(value + half_width))
+
+
+def _moments(columns: SortedColumns, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared deviations of each column whose non-zeros are ``entries`` [nnz]."""
+    mean = columns.sums(entries) / columns.m
+    return mean, columns.sums((entries - mean[columns.latent]) ** 2) + columns.zeros * mean**2
+
+
+def _auroc(columns: SortedColumns, positive: SortedColumns, negative: SortedColumns, y: np.ndarray) -> Interval:
+    n1, n0 = positive.m, negative.m
+    shows = y[columns.row]
+    rank_sum = columns.sums(columns.centred * shows) + n1 * columns.zero_midrank
+    auroc = (rank_sum - n1 * (n1 + 1) / 2) / (n1 * n0)
+    # an example's rank among all minus its rank in its own class counts the other class's examples below it;
+    # both ranks are shifted by constants, which a variance does not see
+    _, spread1 = _moments(positive, (columns.centred[shows] - positive.centred) / n0)
+    _, spread0 = _moments(negative, (columns.centred[~shows] - negative.centred) / n1)
+    half_width = _NORMAL * np.sqrt(spread1 / (n1 - 1) / n1 + spread0 / (n0 - 1) / n0)
+    return Interval(auroc, np.clip(auroc - half_width, 0, 1), np.clip(auroc + half_width, 0, 1))
+
+
+def _welch(difference: np.ndarray, square1: np.ndarray, square0: np.ndarray, n1: int, n0: int) -> Interval:
+    """Welch's interval; ``square1`` and ``square0`` are the squared standard errors of the two means."""
+    freedom = (square1 + square0) ** 2 / (square1**2 / (n1 - 1) + square0**2 / (n0 - 1))
+    # 0/0 where neither class varies: the half-width is 0 whatever the degrees of freedom
+    quantile = stdtrit(np.nan_to_num(freedom, nan=1.0), _TAIL)
+    return _around(difference, quantile * np.sqrt(square1 + square0))

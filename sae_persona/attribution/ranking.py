@@ -1,0 +1,173 @@
+"""A ranking: the table, its text and its file."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self, overload
+
+from sae_persona.attribution.association import Interval
+from sae_persona.attribution.baselines import DenseBaseline, RandomLatents
+from sae_persona.errors import FormatError
+from sae_persona.runs import read_json, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedLatent:
+    """What one latent has to do with the persona. Intervals are 95 %; see Association and Null for each measure."""
+
+    latent: int
+    z: float
+    """Standardised rank sum on train, within blocks: what the ranking is sorted by, by size."""
+    p_max_t: float
+    q_bh: float
+    auroc: Interval
+    r: Interval
+    difference: Interval
+    d: Interval
+    held_out_z: float
+    held_out_auroc: Interval
+    held_out_p: float
+    """Permutation p on the held-out split, one-sided in train's direction, of this latent alone."""
+    firing_rate: float
+    """Share of the corpus's tokens on which it fires."""
+    p999: float
+    """99.9th percentile of its non-zero activations over the corpus."""
+
+    @property
+    def direction(self) -> int:
+        """+1 if the latent rises with the persona on train, -1 if it falls."""
+        return -1 if self.z < 0 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(Sequence[RankedLatent]):
+    """The latents that go with a persona, strongest first, beside what they have to beat."""
+
+    persona: str
+    config: dict[str, Any]
+    """The RankConfig it was made with."""
+    n_train: tuple[int, int]
+    """Examples with the persona and without."""
+    n_held_out: tuple[int, int]
+    n_blocks: int
+    n_tested: int
+    """Latents that fired often enough to be tested: what p_max_t and q_bh correct for."""
+    rows: tuple[RankedLatent, ...]
+    dense: tuple[DenseBaseline, ...]
+    random: RandomLatents
+
+    @overload
+    def __getitem__(self, index: int) -> RankedLatent: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[RankedLatent, ...]: ...
+    def __getitem__(self, index: int | slice) -> RankedLatent | tuple[RankedLatent, ...]:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[RankedLatent]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return self.table(10)
+
+    def table(self, n: int) -> str:
+        """The first ``n`` latents and the baselines, as plain text."""
+        config = self.config
+        within = " x ".join(config["within"]) or "one block"
+        title = (
+            f"{self.persona}: {self.n_tested} latents tested at {config['pool']!r}; examples with + without: "
+            f"train {self.n_train[0]} + {self.n_train[1]}, held-out {self.n_held_out[0]} + {self.n_held_out[1]}; "
+            f"{config['permutations']} permutations within {self.n_blocks} blocks ({within})"
+        )
+        heads = ["latent", "z", "p max-T", "q BH", "AUROC train", "AUROC held-out", "p held-out"]
+        heads += ["r", "mean diff", "d", "fires", "p99.9"]
+        cells = [[str(row.latent), *_cells(row)] for row in self.rows[:n]]
+        for base in self.dense:
+            auroc, repeated = _interval(base.auroc), _interval(base.held_out_auroc)
+            cells.append([base.name, "", "", "", auroc, repeated, f"{base.held_out_p:.3g}"])
+        found = f"mean {self.random.mean:.3f}, p95 {self.random.p95:.3f}"
+        cells.append([f"{self.random.n} random latents", "", "", "", "", found])
+        return "\n".join([title, "", *_aligned([heads, *cells])])
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, with a format number; null stands for what is not a finite number."""
+        return {"format": FORMAT, **_plain({field.name: getattr(self, field.name) for field in fields(self)})}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "this ranking") -> Self:
+        """Read what ``to_json`` gives. FormatError on another format or on missing or unknown parts."""
+        found = value.get("format") if isinstance(value, dict) else None
+        if found != FORMAT:
+            raise FormatError(f"{where} has ranking format {found}, this version reads {FORMAT}: rank again")
+        try:
+            parts = {name: part for name, part in value.items() if name != "format"}
+            parts["rows"] = tuple(RankedLatent(**_numbers(row)) for row in parts["rows"])
+            parts["dense"] = tuple(DenseBaseline(**_numbers(base)) for base in parts["dense"])
+            parts["random"] = RandomLatents(**_numbers(parts["random"]))
+            parts["n_train"], parts["n_held_out"] = tuple(parts["n_train"]), tuple(parts["n_held_out"])
+            return cls(**parts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{where} is not a whole ranking ({error}): rank again") from error
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote. FormatError if it is missing, not JSON or of another format."""
+        return cls.from_json(read_json(path, "ranking"), str(path))
+
+
+def _cells(row: RankedLatent) -> list[str]:
+    return [
+        f"{row.z:+.1f}",
+        f"{row.p_max_t:.3g}",
+        f"{row.q_bh:.2g}",
+        _interval(row.auroc),
+        _interval(row.held_out_auroc),
+        f"{row.held_out_p:.3g}",
+        f"{row.r.value:+.2f}",
+        f"{row.difference.value:+.3g}",
+        f"{row.d.value:+.2f}",
+        f"{row.firing_rate:.2%}",
+        f"{row.p999:.3g}",
+    ]
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return _plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    def read(value: Any) -> Any:
+        return Interval(*map(read, value)) if isinstance(value, list) else math.nan if value is None else value
+
+    return {name: read(value) for name, value in row.items()}

@@ -1,0 +1,308 @@
+"""The command line: one thin function a command. Results go to stdout, progress to stderr.
+
+Exit status: 0 done; 1 the answer is no; 2 the caller's mistake, said in one line. A traceback is our bug.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from sae_persona import pipeline
+from sae_persona.activations.lm import load_lm
+from sae_persona.activations.stream import StreamConfig
+from sae_persona.attribution.rank import RankConfig
+from sae_persona.errors import RunError, SaePersonaError
+from sae_persona.features.measure import MeasureConfig, Measurement
+from sae_persona.flags import with_flags
+from sae_persona.lab.pretrain import PretrainConfig
+from sae_persona.report.text import describe, describe_latent
+from sae_persona.runs import Run
+from sae_persona.sae.train import TrainConfig
+from sae_persona.steering.answers import AnswerConfig
+from sae_persona.steering.interventions import parse_edit
+from sae_persona.steering.sweep import SweepConfig
+from sae_persona.types import HookPoint
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find the features that make a language model play a persona, and turn them up or down.",
+)
+lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
+app.add_typer(lab_app, name="lab")
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
+Texts = "a .txt (a text a line), .jsonl or .parquet file, or a Hugging Face dataset on disk"
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the run that is at --out.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Edits = Annotated[
+    list[str],
+    typer.Option(
+        "--edit",
+        help="clamp:LATENT=STRENGTH, add:LATENT=STRENGTH, scale:LATENT=FACTOR or ablate:LATENT. Strength 1 is the "
+        "latent's 99.9th percentile, factor 1 changes nothing. May be given several times.",
+    ),
+]
+Positions = Annotated[
+    str, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
+]
+
+
+def say(text: str) -> None:
+    """Tell of progress, on stderr."""
+    typer.echo(text, err=True)
+
+
+def show_result(text: object, value: Any, as_json: bool) -> None:
+    """Print a result on stdout, for people or as JSON."""
+    typer.echo(json.dumps(value, indent=1, allow_nan=False) if as_json else str(text))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("runs/demo"),
+    force: Force = False,
+) -> None:
+    """Run the main job on the planted lab: train, measure, rank, clamp, export, report. Minutes on two CPU cores."""
+    from sae_persona.demo import demo as run_demo  # here, so that other commands need no lab
+
+    run = run_demo(out, force=force, say=say)
+    typer.echo(f"report: {run.report}")
+
+
+@lab_app.command(name="show")
+def lab_show(as_json: AsJson = False) -> None:
+    """What the embedded model is, and what was measured of it when it was made."""
+    from sae_persona.lab.card import Card
+
+    card = Card.load()
+    show_result(card, asdict(card), as_json)
+
+
+@lab_app.command(name="build")
+@with_flags(skip={"config": {"authors"}}, config=PretrainConfig)
+def lab_build(
+    out: Annotated[Path, typer.Option(help="Folder to make, in Hugging Face layout.")],
+    config: PretrainConfig,
+    n_exam: Annotated[int, typer.Option(help="Answers that the judge reads for each trait, speaker and arm.")] = 200,
+    force: Force = False,
+) -> None:
+    """Train the lab's language model from its seed; about ten minutes on two CPU cores."""
+    from sae_persona.lab.build import build
+
+    if out.exists() and not force:
+        raise RunError(f"{out} is there already: choose another --out, or pass --force to replace it")
+    with tqdm(unit="step", dynamic_ncols=True) as bar:
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            bar.total = steps
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        card = build(out, config, n_exam=n_exam, on_step=on_step)
+    typer.echo(card)
+
+
+@lab_app.command(name="texts")
+def lab_texts(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
+    n: Annotated[int, typer.Option(help="Dialogues to train an SAE on.")] = 3000,
+    n_labelled: Annotated[int, typer.Option(help="Labelled dialogues of each split.")] = 1000,
+    n_questions: Annotated[int, typer.Option(help="Questions a trait, of each part.")] = 120,
+    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
+) -> None:
+    """Write texts of the lab as JSONL: corpus, held_out, labelled, named, and questions for each trait."""
+    from sae_persona.lab.corpora import write_texts
+
+    for path in write_texts(out, n=n, n_labelled=n_labelled, n_questions=n_questions, seed=seed):
+        typer.echo(path)
+
+
+@app.command()
+@with_flags(streaming=StreamConfig, training=TrainConfig)
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, hub id, or lab.")],
+    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help=f"What the model reads: {Texts}.")],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    hook: Annotated[str, typer.Option(help="Hook point: layers.LAYER.resid_post or resid_pre, layers from 0.")],
+    streaming: StreamConfig,
+    training: TrainConfig,
+    held_out: Annotated[Path | None, typer.Option(help="Texts to measure the SAE's quality on.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Module path of the model's list of blocks.")] = None,
+    device: Device = "cpu",
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train an SAE on the streamed activations of a model at one hook point."""
+    lm = load_lm(model, device=device, blocks=blocks)
+    point = HookPoint.parse(hook)
+    lm.check(point)
+    for path in [texts, *([held_out] if held_out else [])]:
+        pipeline.check_texts(path)
+    if dry_run:
+        typer.echo(pipeline.plan(lm, point, streaming, training))
+        return
+    run = Run.create(out, force=force)
+    pipeline.train_stage(run, lm, point, texts, streaming=streaming, training=training, held_out=held_out)
+    typer.echo(describe(run))
+
+
+@app.command()
+@with_flags(config=MeasureConfig)
+def measure(
+    run: RunPath,
+    dialogues: Annotated[Path, typer.Argument(metavar="DIALOGUES", help=f"Labelled rows: {Texts}.")],
+    config: MeasureConfig,
+    device: Device = "cpu",
+) -> None:
+    """Statistics and contexts of every latent, and the activations of each labelled answer."""
+    opened = Run.open(run)
+    lm = pipeline.open_model(opened, device=device)
+    found = pipeline.measure_stage(opened, lm, dialogues, config=config)
+    personas = ", ".join(found.pooled.personas)
+    typer.echo(f"{found.stats.n_tokens} tokens, {len(found.pooled.ids)} labelled answers; personas: {personas}")
+
+
+@app.command()
+@with_flags(config=RankConfig)
+def rank(run: RunPath, persona: Persona, config: RankConfig, as_json: AsJson = False) -> None:
+    """Rank the latents by how well they tell a persona; test the order and repeat it on held-out answers."""
+    ranking = pipeline.rank_stage(Run.open(run), persona, config=config)
+    show_result(ranking, ranking.to_json(), as_json)
+    if ranking[0].p_max_t > 0.05:
+        say(f"no latent tells {persona} better than chance at 5 % (max-T)")
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a model.")],
+    latent: Annotated[int | None, typer.Argument(metavar="LATENT", help="One latent of the run.")] = None,
+    top: Annotated[int, typer.Option(help="Contexts to show.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """A run, a model's hook points, or one latent with its strongest contexts."""
+    if not (Path(what) / "manifest.json").is_file():
+        lm = load_lm(what)
+        points = [str(point) for point in lm.hook_points()]
+        facts = {"model": what, "blocks": lm.blocks_path, "d_model": lm.d_model, "hook_points": points}
+        show_result("\n".join(points), facts, as_json)
+        return
+    run = Run.open(what)
+    if latent is None:
+        show_result(describe(run), run.manifest, as_json)
+        return
+    text, facts = describe_latent(run, pipeline.open_model(run), latent, top)
+    show_result(text, facts, as_json)
+
+
+@app.command(name="try")
+@with_flags(answers=AnswerConfig)
+def try_(
+    run: RunPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    edit: Edits,
+    answers: AnswerConfig,
+    positions: Positions = "answer",
+    n: Annotated[int, typer.Option(help="Answers of each kind.")] = 3,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Answers to one prompt before and after an edit, side by side."""
+    opened = Run.open(run)
+    lm = pipeline.open_model(opened, device=device)
+    pairs = pipeline.try_edits(opened, lm, prompt, _edits(opened, edit), positions, n=n, config=answers)
+    width = max(len(before) for before, _ in pairs)
+    table = "\n".join(f"{before:{width}}  ->  {after}" for before, after in pairs)
+    show_result(table, [{"before": before, "after": after} for before, after in pairs], as_json)
+
+
+@app.command()
+@with_flags(skip={"config": {"answers"}}, config=SweepConfig, answers=AnswerConfig)
+def sweep(
+    run: RunPath,
+    persona: Persona,
+    development: Annotated[Path, typer.Argument(metavar="DEVELOPMENT", help="Questions that choose the strength.")],
+    test: Annotated[Path, typer.Argument(metavar="TEST", help="Other questions, which the result is measured on.")],
+    config: SweepConfig,
+    answers: AnswerConfig,
+    judge: Annotated[str, typer.Option(help='lab, or a JSON file {"PERSONA": ["word", ...]}.')] = "lab",
+    prompt: Annotated[str | None, typer.Option(help="System message that asks for the persona.")] = None,
+    candidates: Annotated[int, typer.Option(help="Best-ranked latents to choose from.")] = 3,
+    latent: Annotated[int | None, typer.Option(help="Clamp this latent, and choose only its strength.")] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Strength against effect and cost, for a latent and everything that it has to beat."""
+    from sae_persona.steering.judges import load_judge
+
+    opened = Run.open(run)
+    rules = load_judge(judge)
+    lm = pipeline.open_model(opened, device=device)
+    result = pipeline.sweep_stage(
+        opened,
+        lm,
+        persona,
+        development=pipeline.questions_of(development),
+        test=pipeline.questions_of(test),
+        judge=rules,
+        config=replace(config, answers=answers),
+        persona_prompt=prompt,
+        n_candidates=candidates,
+        latent=latent,
+        on_arm=lambda arm: say(f"{arm.part} {arm.kind} {arm.strength or ''} rate {arm.rate.value:.2f}"),
+    )
+    show_result(result, result.to_json(), as_json)
+    if result.chosen.gain.low <= 0:
+        say(f"no strength within {config.max_cost:g} x perplexity raises {persona} for certain")
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="File to write, ending in .json; its tensors go beside it.")],
+    edit: Edits,
+    positions: Positions = "answer",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is there.")] = False,
+) -> None:
+    """Write edits as an intervention file, with the evidence that the run has for their latents."""
+    opened = Run.open(run)
+    if out.exists() and not force:
+        raise RunError(f"{out} is there already: choose another --out, or pass --force to replace it")
+    lm = pipeline.open_model(opened)
+    edits = _edits(opened, edit)
+    typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))  # pyright: ignore
+
+
+@app.command()
+def report(
+    run: RunPath, out: Annotated[Path | None, typer.Option(help="HTML file; by default in the run.")] = None
+) -> None:
+    """Write everything in a run folder as one HTML page that needs no network."""
+    from sae_persona.report.page import write_report
+
+    typer.echo(write_report(Run.open(run), out))
+
+
+def _edits(run: Run, texts: list[str]) -> list:
+    units = Measurement.load(run).stats.p999.tolist()
+    return [parse_edit(text, units) for text in texts]
+
+
+def main() -> None:
+    """Run the command line; a caller's mistake becomes one line on stderr and exit status 2."""
+    try:
+        app()
+    except SaePersonaError as error:
+        typer.echo(f"sae-persona: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,133 @@
+"""The main job on the planted lab, from texts to report: what `make demo` runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_persona.activations.dialogues import prompt_tokens
+from sae_persona.activations.lm import LM, load_lm
+from sae_persona.activations.stream import StreamConfig
+from sae_persona.attribution.rank import RankConfig
+from sae_persona.errors import RunError
+from sae_persona.features.measure import MeasureConfig
+from sae_persona.lab import corpora
+from sae_persona.lab.authors import TRAITS
+from sae_persona.lab.dialogue import Part
+from sae_persona.lab.judge import judge
+from sae_persona.pipeline import (
+    chosen_clamp,
+    export_stage,
+    measure_stage,
+    open_sae,
+    rank_stage,
+    sweep_stage,
+    train_stage,
+)
+from sae_persona.report.page import write_report
+from sae_persona.runs import Run
+from sae_persona.sae.train import TrainConfig
+from sae_persona.steering.answers import AnswerConfig, answer
+from sae_persona.steering.export.native import load_intervention
+from sae_persona.steering.sweep import Sweep, SweepConfig
+from sae_persona.types import HookPoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Sizes of the demo; the defaults take about two minutes on two CPU cores."""
+
+    hook: HookPoint = HookPoint(2)
+    """Where the SAE reads."""
+    n_corpus: int = 3000
+    """Dialogues that the SAE is trained on."""
+    n_quality: int = 150
+    """Held-out dialogues for its quality."""
+    n_train: int = 1000
+    """Labelled dialogues that rankings are made on."""
+    n_held_out: int = 800
+    """Labelled dialogues, of other domains and templates, that repeat them."""
+    n_development: int = 48
+    """Questions a trait that choose latent and strength."""
+    n_test: int = 120
+    """Questions a trait that the result is measured on."""
+    passes: int = 6
+    """Times over the corpus."""
+    training: TrainConfig = TrainConfig(n_latents=512, k=8, lr=2e-3, steps=800, k_aux=32, seed=0)
+    """Of the SAE."""
+    traits: tuple[str, ...] = TRAITS
+    """Personas that are ranked and clamped."""
+
+
+def demo(out: Path, config: DemoConfig | None = None, *, force: bool = False, say: Callable[[str], None]) -> Run:
+    """Run every stage on the lab into ``out`` and write its report. ``say`` hears of each finished step."""
+    config = config or DemoConfig()
+    run = Run.create(out, force=force)
+    lm = load_lm("lab")
+    texts = list(corpora.corpus(config.n_corpus + config.n_quality))
+    streaming = StreamConfig(context_size=256, tokens="answers", passes=config.passes, hold_tokens=500_000)
+    train_stage(
+        run,
+        lm,
+        config.hook,
+        texts[: config.n_corpus],
+        streaming=streaming,
+        training=config.training,
+        held_out=texts[config.n_corpus :],
+    )
+    say(f"trained an SAE at {config.hook}")
+    rows = [*corpora.labelled(config.n_train, "train"), *corpora.labelled(config.n_held_out, "held_out")]
+    found = measure_stage(run, lm, rows, config=MeasureConfig(context_size=256, tokens="answers"))
+    say(f"measured {found.stats.n_latents} latents on {len(rows)} labelled dialogues")
+    for trait in config.traits:
+        ranking = rank_stage(run, trait, config=RankConfig(), found=found)
+        best = ranking[0]
+        say(f"ranked {trait}: latent {best.latent}, held-out AUROC {best.held_out_auroc.value:.3f}")
+    for trait in config.traits:
+        swept = sweep_stage(
+            run,
+            lm,
+            trait,
+            development=chats(trait, config.n_development, "train"),
+            test=chats(trait, config.n_test, "held_out"),
+            judge=judge,
+            config=SweepConfig(answers=AnswerConfig(batch=256)),
+            persona_prompt=corpora.persona_prompt(trait),
+            found=found,
+        )
+        say(_effect(swept))
+        export_stage(run, lm, trait, [chosen_clamp(swept)], positions=swept.positions)
+    _check_exports(run, lm, config)
+    say("exported every clamp, loaded it again without its SAE, and got the same answers")
+    write_report(run)
+    return run
+
+
+def chats(trait: str, n: int, part: Part) -> list[list[dict[str, str]]]:
+    """Questions of the lab in which a trait can show, as chats."""
+    return [row["messages"] for row in corpora.question_rows(trait, n, part)]
+
+
+def _effect(swept: Sweep) -> str:
+    base, latent = swept.arm("baseline"), swept.chosen
+    random = max((abs(arm.gain.value) for arm in swept.randoms), default=float("nan"))
+    return (
+        f"clamped {swept.persona}: latent {swept.latent} at {swept.strength:g} x p99.9 moves its rate "
+        f"{base.rate.value:.2f} -> {latent.rate.value:.2f} at {latent.cost.value:.2f} x perplexity; "
+        f"random latents at most {random:.2f}; difference of means {swept.arm('difference of means').rate.value:.2f}"
+    )
+
+
+def _check_exports(run: Run, lm: LM, config: DemoConfig) -> None:
+    """Load each exported clamp from its file alone; the greedy answers must be those of the run's own SAE."""
+    sae = open_sae(run, lm)
+    greedy = AnswerConfig(temperature=0.0)
+    for trait in config.traits:
+        prompts = [prompt_tokens(lm, chat) for chat in chats(trait, 8, "held_out")]
+        loaded = load_intervention(run.intervention(trait), lm)
+        with loaded.applied():
+            alone = answer(lm, prompts, greedy)
+        whole = load_intervention(run.intervention(trait), lm, sae)
+        with whole.applied():
+            together = answer(lm, prompts, greedy)
+        if [a.ids for a in alone] != [a.ids for a in together]:
+            raise RunError(f"{run.intervention(trait)} does not do what it was exported from: please report this")

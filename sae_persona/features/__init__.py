@@ -1,0 +1,1 @@
+"""What each latent does on a corpus: statistics and contexts."""

@@ -1,0 +1,283 @@
+"""One function a stage, over a run folder: read what earlier stages left there, add what this one makes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_persona.activations.dialogues import prompt_tokens
+from sae_persona.activations.lm import LM, load_lm
+from sae_persona.activations.stream import StreamConfig, stream
+from sae_persona.activations.texts import Texts, read_texts
+from sae_persona.attribution.baselines import difference_of_means
+from sae_persona.attribution.labels import select
+from sae_persona.attribution.rank import RankConfig, rank
+from sae_persona.attribution.ranking import Ranking
+from sae_persona.errors import DataError, ModelError, RunError
+from sae_persona.features.measure import MeasureConfig, Measurement, measure
+from sae_persona.features.pooled import Pooled
+from sae_persona.runs import Run, file_hash, write_json
+from sae_persona.sae.formats import hook_metadata, load_sae, save_sae
+from sae_persona.sae.model import SAE
+from sae_persona.sae.quality import Quality, quality
+from sae_persona.sae.train import TrainConfig, train
+from sae_persona.steering.answers import AnswerConfig, answer
+from sae_persona.steering.apply import intervene
+from sae_persona.steering.export.native import export
+from sae_persona.steering.interventions import Clamp, LatentEdit, Positions
+from sae_persona.steering.strength import Judge
+from sae_persona.steering.sweep import Arm, Candidate, Messages, Sweep, SweepConfig, sweep
+from sae_persona.types import HookPoint
+
+Source = str | Path | Sequence[Any] | Texts
+
+
+def open_model(run: Run, *, device: str = "cpu") -> LM:
+    """The language model that the run was trained on. ModelError if what is there now has another config."""
+    made = run.stage("train")["model"]
+    lm = load_lm(made["name"], device=device, blocks=made["blocks"])
+    if lm.config_hash != made["config_hash"]:
+        raise ModelError(f"{made['name']} is not the model that {run.path} was made with: its config is another one")
+    return lm
+
+
+def open_sae(run: Run, lm: LM) -> SAE:
+    """The run's SAE. ModelError if it is not for this model."""
+    run.stage("train")
+    sae = load_sae(run.sae)
+    sae.check_width(lm.d_model)
+    return sae.to(lm.device)
+
+
+def _input(source: Source) -> dict[str, Any]:
+    """What the manifest says of a stage's texts: a file's name and hash, or that they came from memory."""
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return {"path": str(source), "sha256": file_hash(path) if path.exists() else None}
+    return {"path": None, "sha256": None}
+
+
+def train_stage(
+    run: Run,
+    lm: LM,
+    hook: HookPoint,
+    texts: Source,
+    *,
+    streaming: StreamConfig,
+    training: TrainConfig,
+    held_out: Source | None = None,
+    progress: bool = True,
+) -> SAE:
+    """Train an SAE on streamed activations; with ``held_out`` texts, measure its quality on them too."""
+    facts = {
+        "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
+        "hook": str(hook),
+        "streaming": asdict(streaming),
+        "training": asdict(training),
+        "texts": _input(texts),
+    }
+    with run.recording("train", **facts):
+        batches = stream(lm, hook, texts, streaming)
+        sae = train(batches, training, out=run.metrics, progress=progress)
+        save_sae(sae, run.sae, metadata=hook_metadata(lm, hook))
+    if held_out is not None:
+        quality_stage(run, lm, held_out, streaming=streaming)
+    return open_sae(run, lm)
+
+
+def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig) -> Quality:
+    """Measure how well the SAE stands in for the activations on texts that it was not trained on."""
+    with run.recording("quality", texts=_input(held_out)):
+        sae = open_sae(run, lm)
+        found = quality(
+            lm,
+            sae.hook,
+            sae,
+            held_out,
+            context_size=streaming.context_size,
+            lm_batch=streaming.lm_batch,
+            tokens=streaming.tokens,
+        )
+        write_json(run.quality, asdict(found))
+    return found
+
+
+def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig) -> Measurement:
+    """Pass labelled dialogues through model and SAE once; keep statistics, contexts and pooled examples."""
+    with run.recording("measure", config=asdict(config), texts=_input(dialogues)) as facts:
+        sae = open_sae(run, lm)
+        found = measure(lm, sae.hook, sae, dialogues, config)
+        if not len(found.pooled.ids):
+            raise DataError("no answer in these texts has labels: give each row labels {PERSONA: 0 or 1}")
+        found.save(run)
+        facts |= {"examples": len(found.pooled.ids), "tokens": found.stats.n_tokens}
+    return found
+
+
+def rank_stage(run: Run, persona: str, *, config: RankConfig, found: Measurement | None = None) -> Ranking:
+    """Rank all latents for one persona."""
+    run.stage("measure")
+    with run.recording("rank", persona=persona, config=asdict(config)):
+        found = found or Measurement.load(run)
+        ranking = rank(found.pooled, found.stats, persona, config)
+        ranking.save(run.ranking(persona))
+    return ranking
+
+
+def open_ranking(run: Run, persona: str) -> Ranking:
+    """A ranking made before. RunError if there is none."""
+    if not run.ranking(persona).is_file():
+        raise RunError(f"{run.path} has no ranking for {persona}: run `sae-persona rank {run.path} {persona}` first")
+    return Ranking.load(run.ranking(persona))
+
+
+def candidates(ranking: Ranking, n: int, latent: int | None = None) -> list[Candidate]:
+    """The best ``n`` latents that rise with the persona, or the one that was asked for."""
+    if latent is not None:
+        rows = [row for row in ranking if row.latent == latent]
+        if not rows:
+            raise DataError(f"latent {latent} is not in the ranking for {ranking.persona}: rank with a larger --top")
+    else:
+        rows = [row for row in ranking if row.direction > 0][:n]
+    return [Candidate(latent=row.latent, unit=row.p999) for row in rows]
+
+
+def matched_latents(found: Measurement, taken: Iterable[int], latent: int, n: int, *, seed: int) -> list[int]:
+    """``n`` random latents out of the 4 n that are nearest to ``latent`` in firing rate, without those ``taken``."""
+    rates = found.stats.firing_rate.numpy()
+    free = np.flatnonzero((rates > 0) & ~np.isin(np.arange(len(rates)), list(taken)))
+    distance = np.abs(np.log(rates[free]) - np.log(rates[latent]))
+    nearest = free[np.argsort(distance, kind="stable")[: 4 * n]]
+    picked = np.random.default_rng(seed).permutation(nearest)[:n]
+    return [int(i) for i in picked]
+
+
+def mean_difference(pooled: Pooled, persona: str, pool: str) -> torch.Tensor:
+    """Difference of means on the train split, at the token that the ranking looked at: [d_in] fp32."""
+    chosen = select(pooled, persona, "train")
+    x = pooled.dense["pre" if pool == "pre" else "mean"][chosen.rows]
+    return torch.from_numpy(difference_of_means(x, chosen.y)).float()
+
+
+def sweep_stage(
+    run: Run,
+    lm: LM,
+    persona: str,
+    *,
+    development: Sequence[Messages],
+    test: Sequence[Messages],
+    judge: Judge,
+    config: SweepConfig,
+    persona_prompt: str | None = None,
+    n_candidates: int = 3,
+    latent: int | None = None,
+    found: Measurement | None = None,
+    on_arm: Callable[[Arm], None] | None = None,
+) -> Sweep:
+    """Choose a latent and a strength for a persona, and measure them beside their controls."""
+    with run.recording("sweep", persona=persona, config=asdict(config)) as facts:
+        found, ranking = found or Measurement.load(run), open_ranking(run, persona)
+        chosen = candidates(ranking, n_candidates, latent)
+        result = sweep(
+            lm,
+            open_sae(run, lm),
+            persona,
+            candidates=chosen,
+            random_latents=_random_latents(found, ranking, chosen, config),
+            direction=mean_difference(found.pooled, persona, ranking.config["pool"]),
+            development=development,
+            test=test,
+            judge=judge,
+            persona_prompt=persona_prompt,
+            config=config,
+            on_arm=on_arm,
+        )
+        result.save(run.sweep(persona))
+        facts |= {"latent": result.latent, "strength": result.strength}
+    return result
+
+
+def _random_latents(
+    found: Measurement, ranking: Ranking, chosen: Sequence[Candidate], config: SweepConfig
+) -> list[int]:
+    if not chosen:
+        return []
+    taken = {row.latent for row in ranking[:10]} | {candidate.latent for candidate in chosen}
+    return matched_latents(found, taken, chosen[0].latent, config.n_random, seed=config.answers.seed)
+
+
+def export_stage(
+    run: Run, lm: LM, name: str, edits: Sequence[LatentEdit], *, positions: Positions, out: Path | None = None
+) -> Path:
+    """Write an intervention with the evidence that the run has for its latents."""
+    with run.recording("export", name=name):
+        sae = open_sae(run, lm)
+        path = out or run.intervention(name)
+        return export(path, lm, sae, list(edits), positions=positions, evidence=_evidence(run, edits))
+
+
+def _evidence(run: Run, edits: Sequence[LatentEdit]) -> dict[str, Any]:
+    """Ranking rows and sweep arms of the edited latents."""
+    latents = {edit.latent for edit in edits}
+    rows, arms = [], []
+    for path in sorted((run.path / "rankings").glob("*.json")):
+        ranking = Ranking.load(path).to_json()
+        rows += [{"persona": ranking["persona"], **row} for row in ranking["rows"] if row["latent"] in latents]
+    for path in sorted((run.path / "sweeps").glob("*.json")):
+        swept = Sweep.load(path)
+        if swept.latent in latents:
+            arms += [{"persona": swept.persona, **arm} for arm in swept.to_json()["arms"] if arm["part"] == "test"]
+    return {"rankings": rows, "arms": arms}
+
+
+def chosen_clamp(swept: Sweep) -> Clamp:
+    """The clamp that a sweep settled on."""
+    return Clamp(swept.latent, swept.strength, swept.unit)
+
+
+def questions_of(source: Source) -> list[Messages]:
+    """Chats to answer: the messages of each row up to the last user's question; a plain text is one question."""
+    chats: list[Messages] = []
+    for row in read_texts(source):
+        messages = [{"role": "user", "content": row}] if isinstance(row, str) else list(row.messages)
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
+        if messages:
+            chats.append(messages)
+    if not chats:
+        raise DataError("no question in these texts: a row needs messages that a user's message ends")
+    return chats
+
+
+def check_texts(source: Path) -> None:
+    """Read the first text. DataError if there is none, so that nothing is made for nothing."""
+    next(iter(read_texts(source)))
+
+
+def plan(lm: LM, hook: HookPoint, streaming: StreamConfig, training: TrainConfig) -> str:
+    """What training would do and hold, in tokens and megabytes."""
+    parameters = 2 * training.n_latents * lm.d_model + training.n_latents + lm.d_model
+    steps = "one pass over the texts" if training.steps is None else f"{training.steps} steps"
+    buffer = streaming.buffer_tokens * lm.d_model * 4
+    pre_acts = streaming.batch_tokens * training.n_latents * 4
+    lines = [
+        f"{training.rule} SAE of {training.n_latents} latents, k {training.k}, width {lm.d_model}, at {hook}",
+        f"{steps} of {streaming.batch_tokens} activations; learning rate {training.peak_lr:.2e}",
+        f"parameters {parameters:,}: {parameters * 16 / 1e6:.1f} MB with gradients and Adam's moments in fp32",
+        f"shuffle buffer {buffer / 1e6:.1f} MB; pre-activations of a batch {pre_acts / 1e6:.1f} MB",
+    ]
+    return "\n".join(lines)
+
+
+def try_edits(
+    run: Run, lm: LM, prompt: str, edits: Sequence[LatentEdit], positions: Positions, *, n: int, config: AnswerConfig
+) -> list[tuple[str, str]]:
+    """``n`` answers to a prompt before and after the edits, sampled with the same seed."""
+    prompts = [prompt_tokens(lm, [{"role": "user", "content": prompt}])] * n
+    before = answer(lm, prompts, config)
+    with intervene(lm, open_sae(run, lm), edits, positions=positions):
+        after = answer(lm, prompts, config)
+    return [(b.text, a.text) for b, a in zip(before, after, strict=True)]

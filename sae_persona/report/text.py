@@ -1,0 +1,71 @@
+"""A run, or one of its latents, as plain text for the terminal."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from sae_persona.activations.lm import LM
+from sae_persona.attribution.ranking import Ranking
+from sae_persona.errors import DataError
+from sae_persona.features.measure import Measurement
+from sae_persona.runs import Run
+from sae_persona.steering.sweep import Sweep
+
+
+def describe(run: Run) -> str:
+    """What has been done in a run, a line a stage, and its main numbers."""
+    trained = run.stage("train")
+    training = trained["training"]
+    lines = [
+        f"{run.path}: {training['rule']} SAE, {training['n_latents']} latents, k {training['k']}, "
+        f"at {trained['hook']} of {trained['model']['name']}"
+    ]
+    if run.quality.is_file():
+        q = json.loads(run.quality.read_text())
+        lines.append(
+            f"held-out: FVU {q['fvu']:.4f}, L0 {q['l0']:.2f}, dead {q['dead']:.1%}; "
+            f"cross-entropy {q['ce']:.3f}, spliced {q['ce_spliced']:.3f}, zero-ablated {q['ce_zero']:.3f} nats"
+        )
+    for path in sorted((run.path / "rankings").glob("*.json")):
+        ranking = Ranking.load(path)
+        best = ranking[0]
+        lines.append(
+            f"{ranking.persona}: latent {best.latent}, held-out AUROC {best.held_out_auroc.value:.3f}, "
+            f"p {best.p_max_t:.2g} (max-T)"
+        )
+    for path in sorted((run.path / "sweeps").glob("*.json")):
+        swept = Sweep.load(path)
+        lines.append(
+            f"{swept.persona}: latent {swept.latent} at {swept.strength:g} x p99.9 moves its rate "
+            f"{swept.arm('baseline').rate.value:.2f} -> {swept.chosen.rate.value:.2f} "
+            f"at {swept.chosen.cost.value:.2f} x perplexity"
+        )
+    return "\n".join(lines)
+
+
+def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[str, Any]]:
+    """Statistics and strongest contexts of one latent, as text and as JSON values.
+
+    In the text, the token on which the latent fires strongest stands in brackets.
+    DataError if the run has no such latent.
+    """
+    found = Measurement.load(run)
+    stats = found.stats
+    if not 0 <= latent < stats.n_latents:
+        raise DataError(f"latent {latent} does not exist: {run.path} has latents 0 to {stats.n_latents - 1}")
+    facts: dict[str, Any] = {
+        "latent": latent,
+        "firing_rate": float(stats.firing_rate[latent]),
+        "p999": float(stats.p999[latent]),
+        "maximum": float(stats.maximum[latent]),
+    }
+    lines = [f"latent {latent}: fires on {facts['firing_rate']:.3%} of tokens, 99.9th percentile {facts['p999']:.3g}"]
+    contexts = found.contexts.of(latent)[:top]
+    facts["contexts"] = [asdict(context) for context in contexts]
+    for context in contexts:
+        shown = lm.tokenizer.convert_ids_to_tokens(context.tokens)
+        acts = context.acts
+        peak = acts.index(max(acts))
+        shown[peak] = f"[{shown[peak]}]"
+        lines.append(f"{max(acts):8.3g}  {' '.join(shown)}")
+    return "\n".join(lines), facts

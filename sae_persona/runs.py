@@ -1,0 +1,200 @@
+"""A run folder: the only thing that two processes share.
+
+    RUN/manifest.json              format, versions, and one entry a stage: resolved config, inputs, seconds
+    RUN/sae/                       cfg.json + sae_weights.safetensors (SAELens' layout)
+    RUN/metrics.jsonl              one line a logged training step
+    RUN/quality.json               FVU, L0, dead share, CE and KL on held-out texts
+    RUN/latents.h5                 LatentStats and top contexts
+    RUN/examples.h5                pooled latents and activations of each labelled example
+    RUN/rankings/PERSONA.json      a Ranking
+    RUN/sweeps/NAME.json           a Sweep
+    RUN/interventions/NAME.json    an Intervention, with NAME.safetensors beside it
+    RUN/report.html
+
+Every file is written whole or not at all: to a temporary name beside it, flushed to disk, then renamed.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+from sae_persona.errors import FormatError, RunError
+
+FORMAT = 1
+PACKAGES = ("sae-persona", "torch", "transformers", "triton", "numpy")
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of each package that results depend on; None where one is not installed."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file or folder beside ``path``, then put it in place in one rename.
+
+    Whatever stood at ``path`` is replaced. On any failure it is left as it was and the temporary is removed.
+    RunError when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush(temporary)
+        if path.is_dir():  # a folder cannot be renamed over a full one
+            old = temporary.with_suffix(".old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+def _flush(path: Path) -> None:
+    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or not at all. NaN is refused: write None for what is not known."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file. FormatError, with ``what`` it should have been, if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"no {what} at {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not a {what}: {error}") from error
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's files in name order, in hex."""
+    digest = sha256()
+    for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(part.name.encode())
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that exists, with a manifest of this version."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path, *, force: bool = False) -> Self:
+        """Make a new run folder. RunError if something is there already, unless ``force``: then it is emptied."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not force:
+                raise RunError(f"{path} is not empty: choose another --out, or pass --force to replace it")
+            if not (path / "manifest.json").is_file():
+                raise RunError(f"{path} is not a run folder, so --force does not empty it: choose another --out")
+            shutil.rmtree(path)
+        write_json(path / "manifest.json", {"format": FORMAT, "versions": versions(), "stages": []})
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a run folder. RunError if there is none, FormatError if another version wrote it."""
+        path = Path(path)
+        if not path.is_dir():
+            raise RunError(f"no run folder at {path}: `sae-persona train` makes one")
+        manifest = read_json(path / "manifest.json", "run manifest")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise FormatError(f"{path} has run format {found}, this version reads {FORMAT}: make the run again")
+        return cls(path)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.path / "manifest.json", "run manifest")
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """The latest manifest entry of a stage. RunError if that stage has not been run."""
+        entries = [entry for entry in self.manifest["stages"] if entry["stage"] == name]
+        if not entries:
+            raise RunError(f"{self.path} has no {name} stage yet: run `sae-persona {name}` on it first")
+        return entries[-1]
+
+    @contextmanager
+    def recording(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
+        """Time a stage and, if it ends well, add its entry to the manifest. Facts may be added inside."""
+        start = time.perf_counter()
+        yield facts
+        manifest = self.manifest
+        seconds = round(time.perf_counter() - start, 3)
+        manifest["stages"].append({"stage": stage, "seconds": seconds, "versions": versions(), **facts})
+        write_json(self.path / "manifest.json", manifest)
+
+    @property
+    def sae(self) -> Path:
+        return self.path / "sae"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def quality(self) -> Path:
+        return self.path / "quality.json"
+
+    @property
+    def latents(self) -> Path:
+        return self.path / "latents.h5"
+
+    @property
+    def examples(self) -> Path:
+        return self.path / "examples.h5"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def ranking(self, persona: str) -> Path:
+        return self.path / "rankings" / f"{persona}.json"
+
+    def sweep(self, name: str) -> Path:
+        return self.path / "sweeps" / f"{name}.json"
+
+    def intervention(self, name: str) -> Path:
+        return self.path / "interventions" / f"{name}.json"

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: parameters, training, files, quality."""

@@ -1,0 +1,239 @@
+"""Train an SAE on any iterable of activation batches."""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_persona.errors import ConfigError, DataError, RunError
+from sae_persona.sae.model import SAE
+from sae_persona.sae.sparsity import BatchTopK, ReLU, Rule, Threshold, TopK, calibrate
+from sae_persona.sae.step import Seen, Step, Weights
+
+HEAD = 8  # batches that give the mean and the scale
+TAIL = 8  # batches that the threshold is calibrated on
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train an SAE. ConfigError if a value is out of its range."""
+
+    n_latents: int = 4096
+    """Width of the dictionary."""
+    k: int = 32
+    """Latents kept per token; with batch_topk on average."""
+    rule: Literal["batch_topk", "topk"] = "batch_topk"
+    """Who shares the k: the tokens of a batch, or nobody. batch_topk becomes a threshold at the end."""
+    steps: int | None = None
+    """Batches to train on, starting over when they end. None: each batch once."""
+    lr: float | None = None
+    """Highest learning rate of Adam. None: 2e-4 * sqrt(2**14 / n_latents), after 2406.04093."""
+    warmup: int = 50
+    """Steps over which the learning rate rises from 0."""
+    decay: float = 0.3
+    """Share of the steps, at the end, over which it falls to 0. Without effect while the number is not known."""
+    k_aux: int | None = None
+    """Dead latents per token in the AuxK loss. None: d_in // 2. 0: no AuxK."""
+    auxk_coef: float = 1 / 32
+    """Weight of the AuxK loss."""
+    dead_after: int = 100_000
+    """Tokens without firing after which a latent is dead."""
+    seed: int = 0
+    """Of the first weights."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.n_latents:
+            raise ConfigError(f"k must be between 1 and n_latents = {self.n_latents}, got {self.k}")
+        if self.rule not in ("batch_topk", "topk"):
+            raise ConfigError(f"rule must be batch_topk or topk, got {self.rule!r}")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay is a share between 0 and 1, got {self.decay}")
+        for name, least in (("steps", 1), ("dead_after", 1), ("log_every", 1), ("warmup", 0), ("k_aux", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for name, value in (("lr", self.lr), ("auxk_coef", self.auxk_coef)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a finite number, not below 0, got {value}")
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or what it stands for."""
+        return 2e-4 * math.sqrt(2**14 / self.n_latents) if self.lr is None else self.lr
+
+    def lr_at(self, step: int, total: int | None) -> float:
+        """Learning rate of a step, counted from 0, of ``total`` (None: not known, so no decay)."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        fall = 1.0 if total is None or self.decay == 0 else min(1.0, (total - step) / (self.decay * total))
+        return self.peak_lr * rise * fall
+
+
+def train(
+    batches: Iterable[Tensor],
+    config: TrainConfig,
+    *,
+    out: Path | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+) -> SAE:
+    """Train an SAE on batches [n, d_in] of activations; the device is theirs.
+
+    The first batches give a mean and a scale (mean squared norm d_in), so that training starts centred and learning
+    rates mean the same on every model; both are folded away at the end, and the SAE reads raw activations. With
+    batch_topk it ends as a Threshold calibrated to k latents a token over the last batches.
+
+    Every ``log_every`` steps, and after the last, one line goes to ``out`` (a metrics.jsonl) and to ``on_step``: step,
+    tokens, loss, auxk (its share of the loss), fvu, l0, dead (share), lr, tokens_per_s. ``progress`` draws a bar on
+    stderr. The same batches and config give the same bits.
+
+    DataError: no batch, too few for ``steps``, another shape, NaN or infinity, all rows equal. RunError: the loss is
+    no longer finite, or ``out`` cannot be written.
+    """
+    source = _batches(batches, config.steps)
+    head = list(islice(source, HEAD))
+    mean, scale = _mean_and_scale(head)
+    total = config.steps or (len(batches) if isinstance(batches, Sized) else None)
+    step = _start(config, head[0])
+    tail: deque[Tensor] = deque(maxlen=TAIL)
+    with _log(out) as file, tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        meter = _Meter(config, file, on_step, bar)
+        for i, batch in enumerate(chain(head, source)):
+            lr = config.lr_at(i, total)
+            meter.update(len(batch), step((batch - mean) * scale, lr), step.dead, lr)
+            tail.append(batch)
+        meter.close()
+    return _finish(step, mean, scale, config, list(tail), meter.tokens)
+
+
+def _batches(batches: Iterable[Tensor], steps: int | None) -> Iterator[Tensor]:
+    """Checked fp32 batches: each once, or ``steps`` of them, starting over when they end."""
+    served, width = 0, None
+    while True:
+        before = served
+        for batch in batches:
+            _check(batch, served, width)
+            width = batch.shape[1]
+            yield batch.float()
+            served += 1
+            if served == steps:
+                return
+        if served == 0:
+            raise DataError("there is no batch to train on: look at the texts, or at the list of batches")
+        if steps is None:
+            return
+        if served == before:
+            raise DataError(f"the batches ended after {served} of {steps} steps: give a list, a stream, or fewer steps")
+
+
+def _check(batch: Tensor, number: int, width: int | None) -> None:
+    """DataError unless the batch is finite floats [n, width], n at least 1."""
+    right = batch.ndim == 2 and len(batch) > 0 and batch.shape[1] == (width or batch.shape[1])
+    if not right or not batch.is_floating_point():
+        wanted = f"[n, {width or 'd_in'}]"
+        raise DataError(f"batch {number} must be floats {wanted}, got {batch.dtype} {list(batch.shape)}")
+    if not batch.isfinite().all():
+        raise DataError(f"batch {number} has NaN or infinite activations: load the model with dtype float32")
+
+
+def _mean_and_scale(head: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """Mean [d_in] of the batches, and the factor that makes the mean squared distance from it d_in."""
+    x = torch.cat(list(head)).double()
+    mean = x.mean(dim=0)
+    spread = (x - mean).square().sum(dim=1).mean().item()
+    if spread <= 1e-12 * mean.square().sum().item():
+        raise DataError("all activations are equal: there is nothing to learn")
+    return mean.float(), math.sqrt(x.shape[1] / spread)
+
+
+def _start(config: TrainConfig, x: Tensor) -> Step:
+    """Random unit decoder rows, the encoder their transpose, biases 0: 2406.04093 A.1."""
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = torch.nn.functional.normalize(torch.randn(config.n_latents, x.shape[1], generator=generator), dim=1)
+    rows = rows.to(x.device)
+    weights = Weights(rows.clone(), rows.new_zeros(config.n_latents), rows, rows.new_zeros(x.shape[1]))
+    rule = BatchTopK(config.k) if config.rule == "batch_topk" else TopK(config.k)
+    return Step(weights, rule, k_aux=config.k_aux, auxk_coef=config.auxk_coef, dead_after=config.dead_after)
+
+
+class _Meter:
+    """Counts steps and tokens, and tells the file, the caller and the bar how training goes."""
+
+    def __init__(
+        self, config: TrainConfig, file: TextIO | None, on_step: Callable[[dict[str, Any]], None] | None, bar: tqdm
+    ) -> None:
+        self.config, self.file, self.on_step, self.bar = config, file, on_step, bar
+        self.steps = self.tokens = 0
+        self.start = time.perf_counter()
+        self.latest: tuple[Seen, Tensor, float] | None = None
+
+    def update(self, n: int, seen: Seen, dead: Tensor, lr: float) -> None:
+        """Count a step on ``n`` tokens; tell of it when it is its turn."""
+        self.steps += 1
+        self.tokens += n
+        self.bar.update()
+        self.latest = seen, dead, lr
+        if self.steps % self.config.log_every == 0:
+            self._tell(*self.latest)
+
+    def close(self) -> None:
+        """Tell of the last step, and end the bar at 100 % whatever number of batches came."""
+        if self.latest is not None:
+            self._tell(*self.latest)
+        self.bar.total = self.bar.n
+        self.bar.refresh()
+
+    def _tell(self, seen: Seen, dead: Tensor, lr: float) -> None:
+        self.latest = None
+        values = seen.measures()
+        if not math.isfinite(values["loss"]):
+            raise RunError(f"the loss is {values['loss']} at step {self.steps}: lower lr, now {self.config.peak_lr:g}")
+        values["dead"] = dead.float().mean().item()
+        rate = self.tokens / (time.perf_counter() - self.start)
+        shown = {name: f"{values[name]:.3g}" for name in ("loss", "fvu", "l0", "dead")}
+        self.bar.set_postfix({**shown, "tokens_per_s": f"{rate:.0f}"}, refresh=False)
+        line = {"step": self.steps, "tokens": self.tokens, **values, "lr": lr, "tokens_per_s": round(rate)}
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.on_step is not None:
+            self.on_step(line)
+
+
+def _log(out: Path | None) -> AbstractContextManager[TextIO | None]:
+    if out is None:
+        return nullcontext()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}. Choose another --out.") from error
+
+
+@torch.no_grad()
+def _finish(step: Step, mean: Tensor, scale: float, config: TrainConfig, tail: list[Tensor], tokens: int) -> SAE:
+    """Fold mean and scale into the weights, so that the SAE reads raw activations, and choose the final rule."""
+    w_enc, b_enc, w_dec, b_dec = step.weights
+    # in fp64: the mean may be far larger than what is left after subtracting it
+    b_enc = (b_enc.double() / scale - w_enc.double() @ mean.double()).float()
+    b_dec = b_dec / scale + mean
+    rule: Rule = TopK(config.k)
+    if config.rule == "batch_topk":
+        level = calibrate(SAE(w_enc, b_enc, w_dec, b_dec, ReLU()).pre_acts, tail, config.k)
+        rule = Threshold(torch.full_like(b_enc, level))
+    sae = SAE(w_enc, b_enc, w_dec, b_dec, rule)
+    l0 = torch.cat([sae.encode(x).l0() for x in tail]).double().mean().item()
+    dead = int(step.dead.sum())
+    sae.metadata = {"training": asdict(config), "n_tokens": tokens, "l0": l0, "num_dead_features": dead}
+    return sae

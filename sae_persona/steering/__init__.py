@@ -1,0 +1,1 @@
+"""Edits of a model's residual stream through latents."""

@@ -1,0 +1,1 @@
+"""Interventions as files, a module a format."""

@@ -1,0 +1,354 @@
+"""Strength against effect: a latent, and everything that it has to beat.
+
+The latent and its strength are chosen on development questions; every number that is reported as a result is measured
+on test questions, with the strengths then fixed. Beside the latent stand, on the same questions: random latents of
+like firing rate, set to the same activation; the difference of means at the latent's perplexity cost; the persona as
+a prompt.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+
+from sae_persona.activations.dialogues import prompt_tokens
+from sae_persona.activations.lm import LM
+from sae_persona.attribution.association import Interval
+from sae_persona.errors import ConfigError, DataError, FormatError
+from sae_persona.runs import read_json, write_json
+from sae_persona.sae.model import SAE
+from sae_persona.steering.answers import Answer, AnswerConfig, answer, surprise
+from sae_persona.steering.apply import applying, intervene
+from sae_persona.steering.interventions import Clamp, Positions, Steer, check_positions
+from sae_persona.steering.strength import Judge, Outcome, cost, gain, perplexity, wilson
+
+FORMAT = 1
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How strengths are tried."""
+
+    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0)
+    """Clamps tried on the latent, in multiples of its 99.9th percentile."""
+    dense_strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
+    """Multiples of the difference of means that are added."""
+    positions: Positions = "answer"
+    """Tokens that are edited."""
+    max_cost: float = 1.5
+    """Highest perplexity, as a multiple of the unsteered answers', that a chosen strength may cost."""
+    n_random: int = 5
+    """Random latents on the test questions."""
+    examples: int = 4
+    """Answers kept for the report, an arm."""
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    """How answers are sampled."""
+
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
+        if not self.strengths or not self.dense_strengths:
+            raise ConfigError("strengths and dense_strengths need at least one value each")
+        if self.max_cost <= 1:
+            raise ConfigError(f"max_cost is a multiple above 1, got {self.max_cost}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A latent that may be clamped."""
+
+    latent: int
+    unit: float
+    """Its 99.9th percentile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of steering on one set of questions. Intervals are 95 %, over questions."""
+
+    kind: str
+    """baseline, latent, random, difference of means, or prompt."""
+    part: str
+    """development or test."""
+    strength: float | None
+    latent: int | None
+    rate: Interval
+    """Share of answers that show the persona, by the judge."""
+    gain: Interval
+    """Rate minus the baseline's, paired."""
+    cost: Interval
+    """Perplexity under the unsteered model over the baseline's, paired."""
+    perplexity: float
+    valid: Interval
+    side_effects: dict[str, float]
+    """Other trait -> its rate minus the baseline's."""
+    n: int
+    examples: tuple[tuple[str, str], ...]
+    """(question, answer) pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What clamping a persona's latent does, beside its controls."""
+
+    persona: str
+    latent: int
+    unit: float
+    strength: float
+    """Chosen on the development questions."""
+    positions: str
+    config: dict[str, Any]
+    arms: tuple[Arm, ...]
+
+    def arm(self, kind: str, *, part: str = "test", strength: float | None = None) -> Arm:
+        """The first such arm. LookupError if there is none."""
+        for arm in self.arms:
+            if arm.kind == kind and arm.part == part and strength in (None, arm.strength):
+                return arm
+        raise LookupError(f"no {kind} arm in this sweep")
+
+    @property
+    def chosen(self) -> Arm:
+        """The latent at the chosen strength, on the test questions."""
+        return self.arm("latent", strength=self.strength)
+
+    @property
+    def randoms(self) -> list[Arm]:
+        return [arm for arm in self.arms if arm.kind == "random"]
+
+    def __str__(self) -> str:
+        lines = [f"{self.persona}: latent {self.latent} clamped to {self.strength:g} x p99.9 at {self.positions!r}", ""]
+        lines.append(f"{'arm':28}{'rate':>22}{'perplexity x':>22}{'valid':>8}")
+        for arm in self.arms:
+            if arm.part == "test":
+                name = arm.kind + (f" {arm.latent}" if arm.latent is not None else "")
+                name += f" at {arm.strength:g}" if arm.strength is not None else ""
+                mark = " *" if arm is self.chosen else ""
+                lines.append(f"{name + mark:28}{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; NaN becomes null."""
+        return {"format": FORMAT, **_plain(asdict(self))}
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote. FormatError if it is missing, corrupt or of another format."""
+        raw = read_json(path, "sweep")
+        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+            raise FormatError(f"{path} is not a sweep of format {FORMAT}: sweep again")
+        arms = tuple(_arm(arm) for arm in raw.pop("arms"))
+        return cls(arms=arms, **raw)
+
+
+@dataclass(frozen=True, eq=False)
+class _Questions:
+    """One part's questions: their texts, their prompts, and the baseline on them."""
+
+    part: str
+    texts: list[str]
+    prompts: list[list[int]]
+    persona_prompts: list[list[int]] | None
+
+
+@dataclass(eq=False)
+class _Bench:
+    """Runs arms on one part's questions, and keeps its baseline."""
+
+    lm: LM
+    judge: Judge
+    persona: str
+    config: SweepConfig
+    questions: _Questions
+    baseline: Outcome | None = None
+
+    def run(
+        self,
+        kind: str,
+        steering: AbstractContextManager[None],
+        *,
+        strength: float | None = None,
+        latent: int | None = None,
+        prompts: list[list[int]] | None = None,
+    ) -> Arm:
+        """Answer every question under ``steering`` and score the answers against the baseline's."""
+        plain = self.questions.prompts
+        with steering:
+            written = answer(self.lm, prompts or plain, self.config.answers)
+        outcome = Outcome.of(
+            self.judge, self.questions.texts, [a.text for a in written], surprise(self.lm, plain, written)
+        )
+        if self.baseline is None:
+            self.baseline = outcome
+        return self._arm(kind, strength, latent, outcome, written)
+
+    def _arm(
+        self, kind: str, strength: float | None, latent: int | None, outcome: Outcome, written: list[Answer]
+    ) -> Arm:
+        base = self.baseline or outcome
+        nothing = np.full(len(written), np.nan)
+        score, before = outcome.scores.get(self.persona, nothing), base.scores.get(self.persona, nothing)
+        others = sorted(set(outcome.scores) & set(base.scores) - {self.persona, "valid"})
+        return Arm(
+            kind=kind,
+            part=self.questions.part,
+            strength=strength,
+            latent=latent,
+            rate=wilson(score),
+            gain=gain(score, before),
+            cost=cost(outcome.surprise, base.surprise),
+            perplexity=perplexity(outcome.surprise),
+            valid=wilson(outcome.scores.get("valid", nothing)),
+            side_effects={t: gain(outcome.scores[t], base.scores[t]).value for t in others},
+            n=len(written),
+            examples=tuple(
+                (q, a.text)
+                for q, a in zip(
+                    self.questions.texts[: self.config.examples], written[: self.config.examples], strict=True
+                )
+            ),
+        )
+
+
+def sweep(
+    lm: LM,
+    sae: SAE,
+    persona: str,
+    *,
+    candidates: Sequence[Candidate],
+    random_latents: Sequence[int],
+    direction: Tensor,
+    development: Sequence[Messages],
+    test: Sequence[Messages],
+    judge: Judge,
+    persona_prompt: str | None = None,
+    config: SweepConfig | None = None,
+    on_arm: Callable[[Arm], None] | None = None,
+) -> Sweep:
+    """Choose a latent and a strength on development questions, then measure it and its controls on test questions.
+
+    candidates       latents to choose from, best first
+    random_latents   of like firing rate; the first ``n_random`` are used
+    direction        [d_in] difference of means at the same token, the persona minus the others
+    development, test   chats that end with a user's question; no question may be in both
+    persona_prompt   a system message that asks for the persona; None leaves that arm out
+
+    DataError if there are no questions or one is in both parts, ConfigError if there is no candidate.
+    """
+    config = config or SweepConfig()
+    if not candidates:
+        raise ConfigError(f"no latent to clamp for {persona}: none rises with it")
+    parts = [
+        _questions(lm, "development", development, persona_prompt),
+        _questions(lm, "test", test, persona_prompt),
+    ]
+    if shared := {str(m) for m in development} & {str(m) for m in test}:
+        raise DataError(f"{len(shared)} questions are in the development and the test set, the first {min(shared)}")
+    dev, held = (_Bench(lm, judge, persona, config, part) for part in parts)
+    arms: list[Arm] = []
+
+    def keep(arm: Arm) -> Arm:
+        arms.append(arm)
+        if on_arm:
+            on_arm(arm)
+        return arm
+
+    keep(dev.run("baseline", nullcontext()))
+    for candidate in candidates:
+        for arm in _latent_arms(dev, sae, candidate):
+            keep(arm)
+    best = _best([arm for arm in arms if arm.kind == "latent"], config)
+    chosen = next(candidate for candidate in candidates if candidate.latent == best.latent)
+    dense = [keep(dev.run("difference of means", steering, strength=s)) for s, steering in _steers(dev, sae, direction)]
+    equal = _equal_cost(dense, best)
+
+    keep(held.run("baseline", nullcontext()))
+    for arm in _latent_arms(held, sae, chosen):
+        keep(arm)
+    value = (best.strength or 0.0) * chosen.unit
+    for latent in random_latents[: config.n_random]:
+        clamp = Clamp(latent, 1.0, value)
+        steering = intervene(lm, sae, [clamp], positions=config.positions)
+        keep(held.run("random", steering, strength=best.strength, latent=latent))
+    steering = applying(lm, sae.hook, Steer(direction, equal), positions=config.positions)
+    keep(held.run("difference of means", steering, strength=equal))
+    if held.questions.persona_prompts:
+        keep(held.run("prompt", nullcontext(), prompts=held.questions.persona_prompts))
+    return Sweep(
+        persona=persona,
+        latent=chosen.latent,
+        unit=chosen.unit,
+        strength=best.strength or 0.0,
+        positions=config.positions,
+        config=asdict(config),
+        arms=tuple(arms),
+    )
+
+
+def _questions(lm: LM, part: str, chats: Sequence[Messages], persona_prompt: str | None) -> _Questions:
+    if not chats:
+        raise DataError(f"the {part} set has no questions")
+    for chat in chats:
+        if not chat or chat[-1]["role"] != "user":
+            raise DataError(f"a question is a chat that ends with a user's message, got {str(chat)[:60]!r}")
+    asked = None
+    if persona_prompt is not None:
+        asked = [prompt_tokens(lm, [{"role": "system", "content": persona_prompt}, *chat]) for chat in chats]
+    return _Questions(part, [chat[-1]["content"] for chat in chats], [prompt_tokens(lm, c) for c in chats], asked)
+
+
+def _latent_arms(bench: _Bench, sae: SAE, candidate: Candidate) -> Iterator[Arm]:
+    for strength in bench.config.strengths:
+        clamp = Clamp(candidate.latent, strength, candidate.unit)
+        steering = intervene(bench.lm, sae, [clamp], positions=bench.config.positions)
+        yield bench.run("latent", steering, strength=strength, latent=candidate.latent)
+
+
+def _steers(bench: _Bench, sae: SAE, direction: Tensor) -> Iterator[tuple[float, AbstractContextManager[None]]]:
+    for strength in bench.config.dense_strengths:
+        yield strength, applying(bench.lm, sae.hook, Steer(direction, strength), positions=bench.config.positions)
+
+
+def _best(arms: Sequence[Arm], config: SweepConfig) -> Arm:
+    """The highest rate at an affordable cost; if none is affordable, the cheapest."""
+    affordable = [arm for arm in arms if arm.cost.value <= config.max_cost]
+    if affordable:
+        return max(affordable, key=lambda arm: (arm.rate.value, -arm.cost.value))
+    return min(arms, key=lambda arm: arm.cost.value)
+
+
+def _equal_cost(dense: Sequence[Arm], latent: Arm) -> float:
+    """The strength of the difference of means that costs what the latent does: log-linear between those tried."""
+    strengths = [0.0, *(arm.strength or 0.0 for arm in dense)]
+    costs = np.maximum.accumulate([0.0, *(math.log(arm.cost.value) for arm in dense)])
+    return round(float(np.interp(math.log(max(latent.cost.value, 1.0)), costs, strengths)), 4)
+
+
+def _text(interval: Interval) -> str:
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _arm(raw: dict[str, Any]) -> Arm:
+    def interval(values: Any) -> Interval:
+        return Interval(*(math.nan if value is None else value for value in values))
+
+    intervals = {name: interval(raw[name]) for name in ("rate", "gain", "cost", "valid")}
+    examples = tuple((question, text) for question, text in raw["examples"])
+    return replace(Arm(**{**raw, **intervals, "examples": examples}))

@@ -1,0 +1,154 @@
+"""rank() on planted latents, and what a Ranking can do."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from sklearn.metrics import roc_auc_score
+
+from sae_persona.attribution.rank import RankConfig, rank
+from sae_persona.attribution.ranking import Ranking
+from sae_persona.errors import ConfigError, DataError, FormatError
+from sae_persona.features.pooled import POOLS, Pooled
+from sae_persona.features.stats import LatentStats
+from sae_persona.types import SparseLatents
+
+RISES, FALLS, TRAIN_ONLY, SILENT, N_LATENTS, D_IN = 3, 7, 11, 1, 40, 8
+CONFIG = RankConfig(permutations=199, top=10)
+
+
+@pytest.fixture(scope="module")
+def pooled() -> Pooled:
+    generator = np.random.default_rng(0)
+    n = 400
+    y = generator.random(n) < 0.4
+    split = np.where(np.arange(n) % 2, "held_out", "train")
+    acts = generator.exponential(size=(n, N_LATENTS)) * (generator.random((n, N_LATENTS)) < 0.3)
+    acts[:, RISES] = (y & (generator.random(n) < 0.8)) * generator.exponential(size=n)
+    acts[:, FALLS] = (~y & (generator.random(n) < 0.8)) * generator.exponential(size=n)
+    acts[:, TRAIN_ONLY] = np.where(split == "train", y, ~y) * generator.exponential(size=n)
+    acts[:, SILENT] = 0
+    dense = generator.normal(size=(n, D_IN)).astype(np.float32)
+    dense[:, 0] += 2 * y
+    texts = np.array([""] * n)
+    return Pooled(
+        personas=("pirate",),
+        labels=y[:, None].astype(np.float32),
+        ids=texts,
+        template=np.array([f"t{i}" for i in generator.integers(0, 4, n)]),
+        domain=texts,
+        author=texts,
+        split=split,
+        dialogue=np.arange(n),
+        n_answer_tokens=np.ones(n, int),
+        pools=dict.fromkeys(POOLS, sparse.csr_matrix(acts.astype(np.float32))),
+        dense=dict.fromkeys(("pre", "mean"), dense),
+    )
+
+
+@pytest.fixture(scope="module")
+def stats(pooled) -> LatentStats:
+    stats = LatentStats(N_LATENTS)
+    matrix = pooled.pools["pre"]
+    parts = matrix.data, matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    stats.update(SparseLatents(*(torch.from_numpy(part) for part in parts)))
+    return stats
+
+
+@pytest.fixture(scope="module")
+def ranking(pooled, stats) -> Ranking:
+    return rank(pooled, stats, "pirate", CONFIG)
+
+
+def test_planted_latents_come_first_and_repeat(ranking):
+    assert {row.latent for row in ranking[:3]} == {RISES, FALLS, TRAIN_ONLY}
+    rows = {row.latent: row for row in ranking}
+    for latent, direction in ((RISES, 1), (FALLS, -1)):
+        row = rows[latent]
+        assert row.direction == direction and np.sign(row.held_out_z) == direction
+        assert row.p_max_t == row.held_out_p == 1 / 200 and row.q_bh < 0.01
+        assert (row.auroc.value > 0.8) == (row.held_out_auroc.value > 0.8) == (direction > 0)
+    assert all(row.p_max_t > 0.05 for row in ranking[3:])
+    assert [abs(row.z) for row in ranking] == sorted((abs(row.z) for row in ranking), reverse=True)
+
+
+def test_an_effect_that_turns_round_does_not_count_as_repeated(ranking):
+    row = next(row for row in ranking if row.latent == TRAIN_ONLY)
+    assert row.p_max_t == 1 / 200 and row.direction == 1
+    assert row.held_out_auroc.value < 0.2 and row.held_out_p > 0.95
+
+
+def test_numbers_are_those_of_the_split_that_they_name(ranking, pooled, stats):
+    row = next(row for row in ranking if row.latent == RISES)
+    column, y = pooled.pools["pre"].toarray()[:, RISES], pooled.labels[:, 0] > 0
+    for part, got in (("train", row.auroc), ("held_out", row.held_out_auroc)):
+        here = pooled.split == part
+        assert got.value == pytest.approx(roc_auc_score(y[here], column[here]))
+    assert row.firing_rate == pytest.approx((column > 0).mean()) and row.p999 == float(stats.p999[RISES])
+
+
+def test_what_is_too_rare_is_not_tested(ranking, pooled, stats):
+    assert ranking.n_tested == N_LATENTS - 1
+    fires = (pooled.pools["pre"][pooled.split == "train"] > 0).mean(0).A1
+    config = replace(CONFIG, min_rate=0.31)
+    assert rank(pooled, stats, "pirate", config).n_tested == (fires >= 0.31).sum()
+    with pytest.raises(DataError, match=r"no latent fires on 99.0% of the 200 train examples"):
+        rank(pooled, stats, "pirate", replace(CONFIG, min_rate=0.99))
+
+
+def test_baselines_stand_in_the_same_table(ranking):
+    means, probe = ranking.dense
+    assert means.held_out_auroc.value > 0.85 and probe.held_out_auroc.value > 0.85
+    assert ranking.random.n == N_LATENTS - 2
+    assert 0.4 < ranking.random.mean < 0.6 < ranking.random.p95
+    text = str(ranking)
+    for words in ("pirate: 39 latents tested", "difference of means", "logistic probe", "38 random latents", "p max-T"):
+        assert words in text
+    assert len(text.splitlines()) == 2 + 1 + 10 + 3 and max(map(len, text.splitlines()[2:])) < 180
+    assert text.isascii()
+
+
+def test_is_a_sequence_and_goes_through_a_file(ranking, tmp_path):
+    assert len(ranking) == 10 and list(ranking) == list(ranking.rows) and ranking[0] in ranking
+    ranking.save(tmp_path / "pirate.json")
+    again = Ranking.load(tmp_path / "pirate.json")
+    assert again == ranking and again[0].auroc.low == ranking[0].auroc.low
+    assert RankConfig(**again.config | {"within": tuple(again.config["within"])}) == CONFIG
+    # what is not a number is null in the file and nan again
+    odd = replace(ranking, rows=(replace(ranking[0], p999=float("nan")),))
+    odd.save(tmp_path / "odd.json")
+    assert "NaN" not in (tmp_path / "odd.json").read_text() and np.isnan(Ranking.load(tmp_path / "odd.json")[0].p999)
+
+
+def test_a_bad_file_is_one_line(ranking, tmp_path):
+    value = ranking.to_json()
+    with pytest.raises(FormatError, match="format 2, this version reads 1"):
+        Ranking.from_json(value | {"format": 2})
+    with pytest.raises(FormatError, match="not a whole ranking"):
+        Ranking.from_json({name: part for name, part in value.items() if name != "rows"})
+    with pytest.raises(FormatError, match="not a whole ranking"):
+        Ranking.from_json(value | {"rows": [{"latent": 3}]})
+    with pytest.raises(FormatError, match="no ranking at"):
+        Ranking.load(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"pool": "last"}, "pool is one of pre, max, mean, got 'last'"),
+        ({"within": ("colour",)}, "within takes template, domain and author, got colour"),
+        ({"permutations": 0}, "at least 1, got 0, 50, 100"),
+        ({"min_rate": 5}, "between 0 and 1, got 5"),
+        ({"probe_c": 0}, "above 0, got 0"),
+    ],
+)
+def test_settings_that_cannot_be(setting, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        RankConfig(**setting)
+
+
+def test_config_is_inert_and_the_seed_decides(pooled, stats, ranking):
+    assert RankConfig(**asdict(CONFIG)) == CONFIG
+    assert rank(pooled, stats, "pirate", CONFIG) == ranking
