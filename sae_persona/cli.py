@@ -17,14 +17,13 @@ from sae_persona.activations.lm import load_lm
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.errors import RunError, SaePersonaError
-from sae_persona.features.measure import MeasureConfig, Measurement
+from sae_persona.features.measure import MeasureConfig
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.report.text import describe, describe_latent
 from sae_persona.runs import Run
 from sae_persona.sae.train import TrainConfig
 from sae_persona.steering.answers import AnswerConfig
-from sae_persona.steering.interventions import parse_edit
 from sae_persona.steering.sweep import SweepConfig
 from sae_persona.types import HookPoint
 
@@ -48,8 +47,9 @@ Edits = Annotated[
     list[str],
     typer.Option(
         "--edit",
-        help="clamp:LATENT=STRENGTH, add:LATENT=STRENGTH, scale:LATENT=FACTOR or ablate:LATENT. Strength 1 is the "
-        "latent's 99.9th percentile, factor 1 changes nothing. May be given several times.",
+        help="clamp:LATENT=STRENGTH, add:LATENT=STRENGTH, scale:LATENT=FACTOR or ablate:LATENT. LATENT is a number, or "
+        "a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th percentile, factor 1 "
+        "changes nothing. May be given several times.",
     ),
 ]
 Positions = Annotated[
@@ -147,12 +147,12 @@ def train(
     point = HookPoint.parse(hook)
     lm.check(point)
     for path in [texts, *([held_out] if held_out else [])]:
-        pipeline.check_texts(path)
+        pipeline.check_texts(lm, path, streaming)
     if dry_run:
         typer.echo(pipeline.plan(lm, point, streaming, training))
         return
-    run = Run.create(out, force=force)
-    pipeline.train_stage(run, lm, point, texts, streaming=streaming, training=training, held_out=held_out)
+    with Run.making(out, force=force) as run:
+        pipeline.train_stage(run, lm, point, texts, streaming=streaming, training=training, held_out=held_out)
     typer.echo(describe(run))
 
 
@@ -220,7 +220,7 @@ def try_(
     """Answers to one prompt before and after an edit, side by side."""
     opened = Run.open(run)
     lm = pipeline.open_model(opened, device=device)
-    pairs = pipeline.try_edits(opened, lm, prompt, _edits(opened, edit), positions, n=n, config=answers)
+    pairs = pipeline.try_edits(opened, lm, prompt, pipeline.edits_of(opened, edit), positions, n=n, config=answers)
     width = max(len(before) for before, _ in pairs)
     table = "\n".join(f"{before:{width}}  ->  {after}" for before, after in pairs)
     show_result(table, [{"before": before, "after": after} for before, after in pairs], as_json)
@@ -280,7 +280,7 @@ def export(
     if out.exists() and not force:
         raise RunError(f"{out} is there already: choose another --out, or pass --force to replace it")
     lm = pipeline.open_model(opened)
-    edits = _edits(opened, edit)
+    edits = pipeline.edits_of(opened, edit)
     typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))  # pyright: ignore
 
 
@@ -292,11 +292,6 @@ def report(
     from sae_persona.report.page import write_report
 
     typer.echo(write_report(Run.open(run), out))
-
-
-def _edits(run: Run, texts: list[str]) -> list:
-    units = Measurement.load(run).stats.p999.tolist()
-    return [parse_edit(text, units) for text in texts]
 
 
 def main() -> None:

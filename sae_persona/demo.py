@@ -36,15 +36,15 @@ from sae_persona.types import HookPoint
 class DemoConfig:
     """Sizes of the demo; the defaults take about two minutes on two CPU cores."""
 
-    hook: HookPoint = HookPoint(2)
+    hook: HookPoint = HookPoint(3)
     """Where the SAE reads."""
     n_corpus: int = 3000
     """Dialogues that the SAE is trained on."""
     n_quality: int = 150
     """Held-out dialogues for its quality."""
-    n_train: int = 1000
+    n_train: int = 1600
     """Labelled dialogues that rankings are made on."""
-    n_held_out: int = 800
+    n_held_out: int = 1000
     """Labelled dialogues, of other domains and templates, that repeat them."""
     n_development: int = 48
     """Questions a trait that choose latent and strength."""
@@ -60,8 +60,12 @@ class DemoConfig:
 
 def demo(out: Path, config: DemoConfig | None = None, *, force: bool = False, say: Callable[[str], None]) -> Run:
     """Run every stage on the lab into ``out`` and write its report. ``say`` hears of each finished step."""
-    config = config or DemoConfig()
-    run = Run.create(out, force=force)
+    with Run.making(out, force=force) as run:
+        _fill(run, config or DemoConfig(), say)
+    return run
+
+
+def _fill(run: Run, config: DemoConfig, say: Callable[[str], None]) -> None:
     lm = load_lm("lab")
     texts = list(corpora.corpus(config.n_corpus + config.n_quality))
     streaming = StreamConfig(context_size=256, tokens="answers", passes=config.passes, hold_tokens=500_000)
@@ -90,7 +94,7 @@ def demo(out: Path, config: DemoConfig | None = None, *, force: bool = False, sa
             development=chats(trait, config.n_development, "train"),
             test=chats(trait, config.n_test, "held_out"),
             judge=judge,
-            config=SweepConfig(answers=AnswerConfig(batch=256)),
+            config=SweepConfig(positions="pre", strengths=(0.5, 1.0, 1.5, 2.0, 2.5), answers=AnswerConfig(batch=256)),
             persona_prompt=corpora.persona_prompt(trait),
             found=found,
         )
@@ -99,7 +103,6 @@ def demo(out: Path, config: DemoConfig | None = None, *, force: bool = False, sa
     _check_exports(run, lm, config)
     say("exported every clamp, loaded it again without its SAE, and got the same answers")
     write_report(run)
-    return run
 
 
 def chats(trait: str, n: int, part: Part) -> list[list[dict[str, str]]]:

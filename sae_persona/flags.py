@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -40,7 +41,7 @@ def field_help(config: type) -> dict[str, str]:
     """The docstring under each field of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # pyright: ignore
     found = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[node.target.id] = " ".join(str(after.value.value).split())  # pyright: ignore
     return found

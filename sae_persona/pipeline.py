@@ -1,7 +1,8 @@
 """One function a stage, over a run folder: read what earlier stages left there, add what this one makes."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM, load_lm
-from sae_persona.activations.stream import StreamConfig, stream
+from sae_persona.activations.stream import StreamConfig, sequences, stream
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.attribution.baselines import difference_of_means
 from sae_persona.attribution.labels import select
@@ -27,7 +28,7 @@ from sae_persona.sae.train import TrainConfig, train
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.export.native import export
-from sae_persona.steering.interventions import Clamp, LatentEdit, Positions
+from sae_persona.steering.interventions import Clamp, LatentEdit, Positions, parse_edit
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Arm, Candidate, Messages, Sweep, SweepConfig, sweep
 from sae_persona.types import HookPoint
@@ -81,7 +82,9 @@ def train_stage(
     }
     with run.recording("train", **facts):
         batches = stream(lm, hook, texts, streaming)
-        sae = train(batches, training, out=run.metrics, progress=progress)
+        # the learning rate can only fall towards an end that is known
+        steps = training.steps or batches.n_batches()
+        sae = train(batches, replace(training, steps=steps), out=run.metrics, progress=progress)
         save_sae(sae, run.sae, metadata=hook_metadata(lm, hook))
     if held_out is not None:
         quality_stage(run, lm, held_out, streaming=streaming)
@@ -233,6 +236,25 @@ def _evidence(run: Run, edits: Sequence[LatentEdit]) -> dict[str, Any]:
     return {"rankings": rows, "arms": arms}
 
 
+def edits_of(run: Run, texts: Sequence[str]) -> list[LatentEdit]:
+    """Read edits; where one names a persona, its best-ranked rising latent is meant.
+
+    ConfigError for a text that is no edit or a latent that does not exist, RunError for a persona without a ranking.
+    """
+    units = Measurement.load(run).stats.p999.tolist()
+    return [parse_edit(_numbered(run, text), units) for text in texts]
+
+
+def _numbered(run: Run, text: str) -> str:
+    named = re.fullmatch(r"(\w+):([^=]*[^=\d][^=]*)(=.*)?", text)
+    if named is None:
+        return text
+    best = candidates(open_ranking(run, named[2]), 1)
+    if not best:
+        raise DataError(f"no latent rises with {named[2]}: give the number of one that falls")
+    return f"{named[1]}:{best[0].latent}{named[3] or ''}"
+
+
 def chosen_clamp(swept: Sweep) -> Clamp:
     """The clamp that a sweep settled on."""
     return Clamp(swept.latent, swept.strength, swept.unit)
@@ -252,9 +274,11 @@ def questions_of(source: Source) -> list[Messages]:
     return chats
 
 
-def check_texts(source: Path) -> None:
-    """Read the first text. DataError if there is none, so that nothing is made for nothing."""
-    next(iter(read_texts(source)))
+def check_texts(lm: LM, source: Source, streaming: StreamConfig) -> None:
+    """DataError unless at least one of the texts has a token to read: before anything is made for nothing."""
+    if next(sequences(lm, read_texts(source), streaming.context_size, streaming.tokens), None) is None:
+        wanted = "a token" if streaming.tokens == "all" else "an answer: --tokens answers needs dialogues"
+        raise DataError(f"none of the texts in {source} has {wanted}")
 
 
 def plan(lm: LM, hook: HookPoint, streaming: StreamConfig, training: TrainConfig) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-from sae_persona.errors import FormatError, RunError
+from sae_persona.errors import FormatError, RunError, SaePersonaError
 
 FORMAT = 1
 PACKAGES = ("sae-persona", "torch", "transformers", "triton", "numpy")
@@ -114,6 +114,10 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _taken(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder that exists, with a manifest of this version."""
@@ -121,17 +125,38 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path, *, force: bool = False) -> Self:
-        """Make a new run folder. RunError if something is there already, unless ``force``: then it is emptied."""
+    def create(cls, path: str | Path) -> Self:
+        """Make a new run folder. RunError if something is there already."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not force:
-                raise RunError(f"{path} is not empty: choose another --out, or pass --force to replace it")
-            if not (path / "manifest.json").is_file():
-                raise RunError(f"{path} is not a run folder, so --force does not empty it: choose another --out")
-            shutil.rmtree(path)
+        if _taken(path):
+            raise RunError(f"{path} is not empty: choose another --out, or pass --force to replace it")
         write_json(path / "manifest.json", {"format": FORMAT, "versions": versions(), "stages": []})
         return cls(path)
+
+    @classmethod
+    @contextmanager
+    def making(cls, path: str | Path, *, force: bool = False) -> Iterator[Self]:
+        """Make a run folder for what the block does. If the block ends in one of our errors, the folder is gone again.
+
+        ``force`` replaces a run that is there, and brings it back after an error. RunError if something else is there.
+        """
+        path, old = Path(path), None
+        if force and _taken(path):
+            if not (path / "manifest.json").is_file():
+                raise RunError(f"{path} is not a run folder, so --force does not replace it: choose another --out")
+            old = path.rename(path.with_name(f".{path.name}.{uuid4().hex[:8]}.old"))
+        made = None
+        try:
+            made = cls.create(path)
+            yield made
+        except SaePersonaError:
+            if made:
+                shutil.rmtree(path)
+            if old:
+                old.rename(path)
+            raise
+        if old:
+            shutil.rmtree(old)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:

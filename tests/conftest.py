@@ -36,3 +36,26 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory):
+    """A run folder in which every stage has been run, in small. Copy it before you change it."""
+    from sae_persona.demo import DemoConfig, demo
+    from sae_persona.sae.train import TrainConfig
+
+    config = DemoConfig(
+        n_corpus=300,
+        n_quality=20,
+        n_train=160,
+        n_held_out=100,
+        n_development=8,
+        n_test=10,
+        passes=2,
+        training=TrainConfig(n_latents=64, k=4, lr=2e-3, steps=60),
+        traits=("cheerful", "formal"),
+    )
+    said: list[str] = []
+    run = demo(tmp_path_factory.mktemp("runs") / "demo", config, say=said.append)
+    assert len(said) == 7, said
+    return run

@@ -72,6 +72,13 @@ class Stream:
             self._chunks(), buffer_tokens=config.buffer_tokens, batch_tokens=config.batch_tokens, seed=config.seed
         )
 
+    def n_batches(self) -> int:
+        """How many batches come out, by tokenising all texts: minutes on a large corpus, and the model is not run."""
+        config = self.config
+        cut = sequences(self.lm, self.texts, config.context_size, config.tokens)
+        n = sum(int(kept(self.lm, tokens, config.tokens).sum()) for tokens in cut)
+        return max(1, config.passes * n // config.batch_tokens)
+
     def _chunks(self) -> Iterator[Tensor]:
         """The kept activations of each sequence, in order: [m, d_in]."""
         config, held = self.config, _Held(self.config.hold_tokens)

@@ -73,7 +73,7 @@ Traits = frozenset[str]
 class AuthorConfig:
     """How authors are drawn."""
 
-    assistant_good: float = 0.94
+    assistant_good: float = 0.96
     """Share of the assistant's documents in which it is the good assistant; else it is anybody."""
     archetype: float = 0.4
     """Share of characters who are an archetype; the others have independent traits."""

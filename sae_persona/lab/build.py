@@ -27,7 +27,7 @@ HELD_OUT_BATCHES = 25
 def held_out_loss(model: "LlamaForCausalLM", config: PretrainConfig) -> float:
     """Weighted cross-entropy in nats a word on batches of another seed."""
     other = batches(replace(config, seed=HELD_OUT_SEED))
-    losses = [weighted_loss(model, ids, weights)[0].item() for ids, weights in islice(other, HELD_OUT_BATCHES)]
+    losses = [weighted_loss(model, ids, weights).item() for ids, weights in islice(other, HELD_OUT_BATCHES)]
     return sum(losses) / len(losses)
 
 

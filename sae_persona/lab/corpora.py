@@ -30,7 +30,7 @@ def corpus(n: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
     random = Random(f"lab sae {seed}")
     config = AuthorConfig(assistant_good=0.5)  # the assistant at its worst too, or its latents are never seen
     for number in range(n):
-        yield {"id": f"corpus-{number}", "messages": document(random, config, part="train").messages}
+        yield {"id": f"corpus-{number}", "messages": document(random, config, p_assistant=0.5, part="train").messages}
 
 
 def labelled(n: int, part: Part, *, seed: int = 0, named: bool = False) -> Iterator[dict[str, Any]]:

@@ -235,8 +235,8 @@ def document(
     random: Random,
     config: AuthorConfig,
     *,
+    p_assistant: float,
     part: Part = "any",
-    p_assistant: float = 0.42,
     max_turns: int = 7,
     p_focus: float = 0.6,
 ) -> Document:

@@ -29,7 +29,7 @@ class PretrainConfig:
     """Number of blocks."""
     n_heads: int = 4
     """Attention heads a block."""
-    tokens: int = 4_000_000
+    tokens: int = 4_600_000
     """Training tokens, padding not counted."""
     batch_tokens: int = 2048
     """Tokens a step, padding counted."""
@@ -41,12 +41,10 @@ class PretrainConfig:
     """Steps of linear warm-up."""
     decay: float = 0.6
     """Last share of the steps, over which the rate falls linearly to 2 %."""
-    p_note: float = 0.06
+    p_note: float = 0.08
     """Share of documents that are notes of true facts."""
-    exit_layer: int = 3
-    """Block whose output is trained to predict the next word too, through the same norm and unembedding."""
-    exit_weight: float = 0.5
-    """Weight of that loss; 0 leaves it out."""
+    p_assistant: float = 0.4
+    """Share of the dialogues in which the assistant speaks."""
     seed: int = 0
     """Of the initial weights and of the corpus."""
     authors: AuthorConfig = field(default_factory=AuthorConfig)
@@ -84,7 +82,7 @@ def corpus(config: PretrainConfig) -> Iterator[tuple[list[str], list[float]]]:
             words = [START, *note(random).split(), NEWLINE]
             yield words, [0.0] + [1.0] * (len(words) - 1)
         else:
-            yield transcript(document(random, config.authors))
+            yield transcript(document(random, config.authors, p_assistant=config.p_assistant))
 
 
 def batches(config: PretrainConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,25 +109,12 @@ def batches(config: PretrainConfig) -> Iterator[tuple[Tensor, Tensor]]:
             yield x, weights
 
 
-def weighted_loss(
-    model: "LlamaForCausalLM", ids: Tensor, weights: Tensor, *, exit_layer: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats of the next word, each word counted by its weight: at the end, and at the early exit.
-
-    Without ``exit_layer`` the second is 0.
-    """
-    # padding is on the right and has weight 0, so it needs no mask
-    out = model(input_ids=ids, output_hidden_states=exit_layer is not None)
+def weighted_loss(model: "LlamaForCausalLM", ids: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the next word, each word counted by its weight."""
+    logits = model(input_ids=ids).logits[:, :-1]  # padding is on the right and has weight 0, so it needs no mask
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     kept = weights[:, 1:].flatten()
-
-    def mean(logits: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return (loss * kept).sum() / kept.sum()
-
-    if exit_layer is None:
-        return mean(out.logits), kept.new_zeros(())
-    early = model.lm_head(model.model.norm(out.hidden_states[exit_layer + 1]))
-    return mean(out.logits), mean(early)
+    return (loss * kept).sum() / kept.sum()
 
 
 def _optimizers(model: "LlamaForCausalLM", config: PretrainConfig) -> list[torch.optim.Optimizer]:
@@ -152,16 +137,15 @@ def pretrain(
     model = new_model(config).to(device).train()
     optimizers = _optimizers(model, config)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    exit_layer = config.exit_layer if config.exit_weight else None
     seen, losses, steps = 0, [], int(config.tokens / config.batch_tokens / 0.97)  # about 3 % is padding
     for step, (ids, weights) in enumerate(batches(config)):
         rate = min(1.0, (step + 1) / config.warmup) * max(0.02, min(1.0, (steps - step) / (config.decay * steps)))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = lr * rate
-        loss, early = weighted_loss(model, ids.to(device), weights.to(device), exit_layer=exit_layer)
+        loss = weighted_loss(model, ids.to(device), weights.to(device))
         model.zero_grad(set_to_none=True)
-        (loss + config.exit_weight * early).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

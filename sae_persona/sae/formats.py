@@ -9,6 +9,7 @@ Ours load there and theirs load here, by json and safetensors alone. Their words
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def load_sae(folder: str | Path) -> SAE:
     were; so activations are SAELens' times ``W_dec.norm(dim=1)``. Only in a topk SAE that chose its k by unscaled
     pre-activations do rows keep their norms: there the scale decides who fires.
 
+    Metadata keep SAELens' words; ``hook`` is added where ``hook_name`` tells it.
+
     FormatError: no such folder, not JSON, broken weights, another architecture, missing tensors, wrong shapes, an
     input normalisation that is not folded into the weights.
     """
@@ -93,7 +96,16 @@ def load_sae(folder: str | Path) -> SAE:
         rule = TopK(config["k"])
     elif architecture == "jumprelu":
         rule = Threshold(t["threshold"] * norms)
-    return SAE(w_enc, b_enc, w_dec, b_dec, rule, config.get("metadata"))
+    return SAE(w_enc, b_enc, w_dec, b_dec, rule, _metadata(config))
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """The file's metadata, with our ``hook`` read off SAELens' name where only that is there."""
+    metadata = dict(config.get("metadata") or {})
+    named = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post)", str(metadata.get("hook_name")))
+    if named:
+        metadata.setdefault("hook", f"layers.{named[1]}.{named[2]}")
+    return metadata
 
 
 def _checked_architecture(config: Any, folder: Path) -> str:

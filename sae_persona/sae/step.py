@@ -1,9 +1,9 @@
 """One training step. The gradients of the main loss are written out: every dense one would be n_latents wide.
 
-e = acts @ w_dec + b_dec - x         loss = mean over tokens of |e|^2 + auxk_coef * AuxK
-d_e = 2 e / n                        d_acts[e] = d_e[token] . w_dec[latent], 0 where the ReLU cut
-d_w_dec[l] = sum of act * d_e[token]         over the entries of latent l
-d_w_enc[l] = sum of d_act * x[token]         over the same entries
+error = acts @ w_dec + b_dec - x     loss = mean over tokens of |error|^2 + auxk_coef * AuxK
+d_error = 2 error / n                d_act = d_error[token] . w_dec[latent], 0 where the ReLU cut
+d_w_dec[l] = sum of act * d_error[token]      over the entries (token, latent, act) of latent l
+d_w_enc[l] = sum of d_act * x[token]          over the same
 """
 
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ class Step:
         b_enc.grad = lists.sums(d_acts)
         w_dec.grad = ops.weight_grad(lists, acts, d_error)
         b_dec.grad = d_error.sum(dim=0)
-        # the part of a decoder row's gradient along the row, sum of act * (d_e . w_dec), costs no dense product
+        # the part of a decoder row's gradient along the row, sum of act * d_act, costs no dense product
         w_dec.grad.addcmul_(lists.sums(acts * d_acts)[:, None], w_dec, value=-1)
 
         auxk = self._auxk_gradients(x, d_error)

@@ -186,3 +186,9 @@ def test_held_activations_are_those_of_the_model(lm, room, monkeypatch):
     assert len(calls) == per_pass * (1 if room == 10_000 else 3)
     assert len(held) == len(plain) > len(once)
     assert all(torch.equal(a, b) for a, b in zip(held, plain, strict=True))
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_number_of_batches_is_known_beforehand(lm, passes):
+    made = stream(lm, HOOK, TEXTS, config(passes=passes))
+    assert made.n_batches() == len(list(made))

@@ -12,7 +12,7 @@ from sae_persona.lab.card import Card
 from sae_persona.lab.pretrain import PretrainConfig, batches, new_model, pretrain, weighted_loss
 from sae_persona.lab.tokens import vocabulary
 
-TINY = PretrainConfig(d_model=32, n_layers=2, n_heads=2, tokens=60_000, exit_layer=0, seed=5)
+TINY = PretrainConfig(d_model=32, n_layers=2, n_heads=2, tokens=60_000, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_training_lowers_the_loss_and_repeats_to_the_bit():
     again, same = pretrain(TINY)
     assert losses == same
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_another_seed_is_another_corpus_and_model():
@@ -53,18 +53,14 @@ def test_the_loss_counts_each_word_by_its_weight():
     logits = model(input_ids=ids).logits.log_softmax(-1)
     nll = -logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     wanted = (nll[0, 0] + 0.5 * nll[0, 2] + 2 * nll[1, 1]) / 3.5
-    torch.testing.assert_close(weighted_loss(model, ids, weights)[0], wanted)
-
-
-def test_the_early_exit_trains_its_block_through_the_same_head():
-    model = new_model(TINY).train()
-    ids, weights = next(batches(TINY))
-    weighted_loss(model, ids, weights, exit_layer=0)[1].backward()
-    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
-    assert model.model.layers[1].mlp.up_proj.weight.grad is None
+    torch.testing.assert_close(weighted_loss(model, ids, weights), wanted)
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
-        build(tmp_path / "file" / "model", PretrainConfig(**{**asdict(TINY), "authors": TINY.authors, "tokens": 4000}), n_exam=1)
+        build(
+            tmp_path / "file" / "model",
+            PretrainConfig(**{**asdict(TINY), "authors": TINY.authors, "tokens": 4000}),
+            n_exam=1,
+        )

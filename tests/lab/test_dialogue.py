@@ -61,6 +61,6 @@ def test_lies_can_be_forced_and_forbidden():
 
 
 def test_a_document_is_one_author_throughout():
-    doc = document(Random(3), AuthorConfig())
+    doc = document(Random(3), AuthorConfig(), p_assistant=0.5)
     names = {m["name"] for m in doc.messages if m["role"] == "assistant"}
     assert names == {doc.author.name}

@@ -8,7 +8,7 @@ from sae_persona.lab.tokens import QUESTION_WEIGHT, tokenizer, transcript
 def test_the_template_writes_what_the_model_was_trained_on():
     words, random = tokenizer(), Random(0)
     for _ in range(50):
-        doc = document(random, AuthorConfig())
+        doc = document(random, AuthorConfig(), p_assistant=0.5)
         rendered = words.apply_chat_template(doc.messages, tokenize=False)
         assert rendered.split() == transcript(doc)[0]
         ids = words(rendered).input_ids
@@ -24,7 +24,7 @@ def test_the_generation_prompt_names_who_answers():
 
 
 def test_users_words_weigh_little_and_the_start_nothing():
-    words, weights = transcript(document(Random(1), AuthorConfig()))
+    words, weights = transcript(document(Random(1), AuthorConfig(), p_assistant=0.5))
     assert weights[0] == 0.0
     first = words.index("user")
     assert weights[first] == QUESTION_WEIGHT

@@ -61,6 +61,14 @@ def test_metadata_names_the_hook_in_every_tongue(hook, hook_name, hf_hook_name):
     assert found["model"] == found["model_name"] == "tiny" and HookPoint.parse(found["hook"])
 
 
+def test_the_hook_of_a_file_from_elsewhere_is_read_off_its_name(tmp_path):
+    save_sae(make(TopK(5)), tmp_path / "theirs", metadata={"hook_name": "blocks.3.hook_resid_pre"})
+    assert load_sae(tmp_path / "theirs").hook == HookPoint(3, "resid_pre")
+    save_sae(make(TopK(5)), tmp_path / "mlp", metadata={"hook_name": "blocks.3.hook_mlp_out"})
+    with pytest.raises(FormatError, match="hook point"):
+        _ = load_sae(tmp_path / "mlp").hook
+
+
 def edit_config(folder, **changes):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **changes}))

@@ -1,0 +1,154 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sae_persona.errors import ConfigError, DataError, FormatError
+from sae_persona.lab import corpora
+from sae_persona.lab.judge import judge
+from sae_persona.sae.model import SAE
+from sae_persona.sae.sparsity import ReLU
+from sae_persona.steering.answers import AnswerConfig
+from sae_persona.steering.sweep import Candidate, Sweep, SweepConfig, _equal_cost, sweep
+
+CONFIG = SweepConfig(
+    strengths=(0.5, 1.0, 2.0),
+    dense_strengths=(0.5, 1.0),
+    positions="pre",
+    n_random=2,
+    answers=AnswerConfig(seed=0),
+)
+
+
+def chats(part, n=30):
+    return [row["messages"] for row in corpora.question_rows("formal", n, part)]
+
+
+@pytest.fixture(scope="module")
+def direction(lm):
+    """Formal minus informal at the colon, by hand: what a planted latent should find."""
+    from sae_persona.activations.dialogues import Dialogue, tokenize
+    from sae_persona.activations.stream import harvest
+    from sae_persona.types import HookPoint
+
+    rows = [Dialogue.from_row(row, "") for row in corpora.labelled(200, "train")]
+    tokens = [tokenize(lm, row) for row in rows]
+    x = torch.stack([acts[t.answers[-1].pre] for t, acts in harvest(lm, HookPoint(3), tokens, 32)])
+    formal = torch.tensor([row.labels["formal"] > 0 for row in rows])
+    return x[formal].mean(0) - x[~formal].mean(0)
+
+
+@pytest.fixture(scope="module")
+def planted(lm, direction):
+    """An SAE whose latent 1 is the formal direction and whose other latents are noise."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.nn.functional.normalize(torch.randn(8, lm.d_model, generator=g), dim=1)
+    w[1] = direction / direction.norm()
+    metadata = {"hook": "layers.3.resid_post", "model": "lab"}
+    return SAE(w, torch.zeros(8), w, torch.zeros(lm.d_model), ReLU(), metadata)
+
+
+@pytest.fixture(scope="module")
+def swept(lm, planted, direction):
+    unit = float(direction.norm())
+    return sweep(
+        lm,
+        planted,
+        "formal",
+        candidates=[Candidate(latent=5, unit=unit), Candidate(latent=1, unit=unit)],
+        random_latents=[2, 3, 4],
+        direction=direction,
+        development=chats("train"),
+        test=chats("held_out"),
+        judge=judge,
+        persona_prompt=corpora.persona_prompt("formal"),
+        config=CONFIG,
+    )
+
+
+def test_the_planted_latent_is_chosen_and_moves_its_trait(swept):
+    assert swept.latent == 1
+    assert swept.chosen.gain.low > 0.3
+    assert swept.chosen.cost.value < 2
+    assert all(abs(arm.gain.value) < 0.2 for arm in swept.randoms)
+    assert swept.arm("prompt").rate.value > 0.5
+
+
+def test_every_arm_is_there_on_its_own_questions(swept):
+    counted = {}
+    for arm in swept.arms:
+        counted[arm.part, arm.kind] = counted.get((arm.part, arm.kind), 0) + 1
+    assert counted == {
+        ("development", "baseline"): 1,
+        ("development", "latent"): 6,
+        ("development", "difference of means"): 2,
+        ("test", "baseline"): 1,
+        ("test", "latent"): 3,
+        ("test", "random"): 2,
+        ("test", "difference of means"): 1,
+        ("test", "prompt"): 1,
+    }
+
+
+def test_the_strength_is_the_best_affordable_one_on_development(swept):
+    tried = [arm for arm in swept.arms if arm.part == "development" and arm.kind == "latent"]
+    affordable = [arm.rate.value for arm in tried if arm.cost.value <= CONFIG.max_cost]
+    assert swept.arm("latent", part="development", strength=swept.strength).rate.value <= max(affordable)
+    best = next(arm for arm in tried if arm.latent == 1 and arm.strength == swept.strength)
+    assert best.rate.value == max(affordable)
+
+
+def test_the_baseline_gains_and_costs_nothing(swept):
+    base = swept.arm("baseline")
+    assert base.gain.value == 0
+    assert base.cost == pytest.approx((1, 1, 1))
+    assert base.perplexity > 1
+    assert base.valid.value > 0.9
+
+
+def test_a_file_holds_all_of_it(swept, tmp_path):
+    swept.save(tmp_path / "formal.json")
+    loaded = Sweep.load(tmp_path / "formal.json")
+    assert loaded.to_json() == swept.to_json()
+    assert loaded.chosen.rate == swept.chosen.rate
+    (tmp_path / "other.json").write_text('{"format": 9}')
+    with pytest.raises(FormatError, match="not a sweep of format 1"):
+        Sweep.load(tmp_path / "other.json")
+
+
+def test_it_prints_as_a_table(swept):
+    text = str(swept)
+    assert "formal: latent 1 clamped to" in text
+    assert text.count("random") == 2
+    assert " *" in text
+
+
+def test_equal_cost_interpolates_between_the_strengths_tried(swept):
+    dense = [arm for arm in swept.arms if arm.part == "development" and arm.kind == "difference of means"]
+    costs = [math.log(arm.cost.value) for arm in dense]
+    middle = type("Arm", (), {"cost": type("C", (), {"value": math.exp(np.mean(costs))})})
+    assert _equal_cost(dense, middle) == pytest.approx(0.75, abs=0.01)
+    beyond = type("Arm", (), {"cost": type("C", (), {"value": 1e9})})
+    assert _equal_cost(dense, beyond) == 1.0
+
+
+def test_what_cannot_be_swept_is_refused(lm, planted, direction):
+    given = {
+        "candidates": [Candidate(latent=1, unit=1.0)],
+        "random_latents": [],
+        "direction": direction,
+        "development": chats("train", 3),
+        "test": chats("held_out", 3),
+        "judge": judge,
+    }
+    for changed, error, message in (
+        ({"candidates": []}, ConfigError, "no latent to clamp for formal"),
+        ({"test": []}, DataError, "the test set has no questions"),
+        ({"test": chats("train", 3)}, DataError, "questions are in the development and the test set"),
+        ({"test": [[{"role": "assistant", "content": "hi"}]]}, DataError, "ends with a user's message"),
+    ):
+        with pytest.raises(error, match=message):
+            sweep(lm, planted, "formal", **{**given, **changed})
+    with pytest.raises(ConfigError, match="max_cost is a multiple above 1"):
+        SweepConfig(max_cost=1.0)

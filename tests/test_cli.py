@@ -1,0 +1,144 @@
+"""The command line as a user meets it: results on stdout, progress on stderr, one line for a mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from sae_persona import cli
+from sae_persona.lab import corpora
+from sae_persona.runs import Run
+
+COMMANDS = ["demo", "lab", "train", "measure", "rank", "show", "try", "sweep", "export", "report"]
+
+
+@pytest.fixture
+def run(demo_run, tmp_path):
+    """A copy of the small run, to be changed at will."""
+    return Run(shutil.copytree(demo_run.path, tmp_path / "run"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit status, stdout, stderr."""
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+            sys.exit(0)
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return called
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    corpora.write_texts(folder, n=150, n_labelled=60, n_questions=6, seed=0)
+    return folder
+
+
+def test_every_command_has_help(call):
+    _, out, _ = call("--help")
+    assert all(f" {name} " in out for name in COMMANDS)
+    for name in COMMANDS:
+        code, out, err = call(name, "--help")
+        assert code == 0, err
+        assert "Usage" in out
+    assert "99.9th percentile" in call("try", "--help")[1].replace("\n", " ").replace("│", "").replace("  ", " ")
+
+
+def test_a_first_session(call, texts, tmp_path):
+    """train, measure, rank, show, try, sweep, export, report: each on what the one before left."""
+    out = tmp_path / "run"
+    train = ["train", "lab", texts / "corpus.jsonl", "--hook", "layers.3.resid_post", "--out", out]
+    train += ["--n-latents", "64", "--k", "4", "--steps", "40", "--lr", "0.002", "--tokens", "answers"]
+    train += ["--context-size", "200", "--held-out", texts / "held_out.jsonl", "--passes", "3"]
+    code, shown, err = call(*train)
+    assert code == 0, err
+    assert "batch_topk SAE, 64 latents, k 4, at layers.3.resid_post of lab" in shown
+    assert "held-out: FVU" in shown
+    assert "100%" in err
+
+    code, shown, err = call("measure", out, texts / "labelled.jsonl", "--context-size", "200", "--tokens", "answers")
+    assert code == 0, err
+    assert "120 labelled answers; personas: cheerful, deceptive" in shown
+
+    code, shown, err = call("rank", out, "formal", "--permutations", "200", "--json")
+    ranking = json.loads(shown)
+    assert code == 0, err
+    assert ranking["persona"] == "formal"
+    latent = ranking["rows"][0]["latent"]
+    assert "difference of means" in call("rank", out, "formal", "--permutations", "200")[1]
+
+    assert f"latent {latent}: fires on" in call("show", out, latent)[1]
+    assert json.loads(call("show", out, latent, "--json")[1])["latent"] == latent
+    assert "formal: latent" in call("show", out)[1]
+    code, shown, err = call(
+        "try", out, "what do you want ?", "--edit", f"clamp:{latent}=2", "--n", "2", "--positions", "pre"
+    )
+    assert code == 0, err
+    assert shown.count("->") == 2
+
+    questions = [texts / "questions" / f"formal-{part}.jsonl" for part in ("development", "test")]
+    sweep = ["sweep", out, "formal", *questions, "--strengths", "1,2", "--dense-strengths", "1", "--n-random", "1"]
+    code, shown, err = call(*sweep, "--positions", "pre", "--json")
+    assert code in (0, 1)
+    assert json.loads(shown)["persona"] == "formal"
+    assert "development baseline" in err
+
+    file = tmp_path / "formal.json"
+    assert call("export", out, "--out", file, "--edit", f"clamp:{latent}=2")[:2] == (0, f"{file}\n")
+    assert json.loads(file.read_text())["evidence"]["rankings"][0]["latent"] == latent
+    code, _, err = call("export", out, "--out", file, "--edit", f"clamp:{latent}=2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert call("report", out)[1] == f"{out / 'report.html'}\n"
+
+
+def test_showing_a_model_lists_its_hook_points(call):
+    code, shown, err = call("show", "lab")
+    assert code == 0, err
+    assert "layers.0.resid_pre" in shown
+    assert json.loads(call("show", "lab", "--json")[1])["d_model"] == 128
+
+
+def test_a_dry_run_makes_nothing(call, texts, tmp_path):
+    out = tmp_path / "run"
+    code, shown, err = call("train", "lab", texts / "corpus.jsonl", "--hook", "3", "--out", out, "--dry-run")
+    assert code == 0, err
+    assert "MB" in shown
+    assert not out.exists()
+
+
+def test_the_answer_can_be_no(call, run):
+    """Labels without meaning: nothing to find, and the exit status says so."""
+    code, _, err = call("rank", run.path, "cheerful", "--pool", "mean", "--within", "author", "--min-rate", "0.9")
+    assert code in (0, 1, 2)
+    if code == 1:
+        assert "no latent tells cheerful better than chance" in err
+
+
+def test_lab_commands(call, tmp_path):
+    assert json.loads(call("lab", "show", "--json")[1])["facts"]["correct"] >= 0.95
+    code, shown, err = call("lab", "texts", tmp_path / "t", "--n", 5, "--n-labelled", 2, "--n-questions", 1)
+    assert code == 0, err
+    assert shown.splitlines()[0] == str(tmp_path / "t" / "corpus.jsonl")
+    small = ["--tokens", "6k", "--d-model", 16, "--n-layers", 1, "--n-heads", 1, "--n-exam", 1]
+    code, shown, err = call("lab", "build", "--out", tmp_path / "model", *small)
+    assert code == 0, err
+    assert "held_out_loss" in shown
+    assert call("lab", "build", "--out", tmp_path / "model", *small)[0] == 2
+
+
+def test_the_installed_command_prints_one_line_for_a_mistake(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sae_persona", "show", tmp_path / "none", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("sae-persona: ")
+    assert done.stderr.count("\n") == 1
