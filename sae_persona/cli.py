@@ -24,6 +24,7 @@ from sae_persona.report.text import describe, describe_latent
 from sae_persona.runs import Run
 from sae_persona.sae.train import TrainConfig
 from sae_persona.steering.answers import AnswerConfig
+from sae_persona.steering.interventions import Positions
 from sae_persona.steering.sweep import SweepConfig
 from sae_persona.types import HookPoint
 
@@ -52,8 +53,8 @@ Edits = Annotated[
         "changes nothing. May be given several times.",
     ),
 ]
-Positions = Annotated[
-    str, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
+Where = Annotated[
+    Positions, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
 ]
 
 
@@ -70,12 +71,15 @@ def show_result(text: object, value: Any, as_json: bool) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("runs/demo"),
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default one, which is the fastest here.")] = None,
     force: Force = False,
 ) -> None:
     """Run the main job on the planted lab: train, measure, rank, clamp, export, report. Minutes on two CPU cores."""
-    from sae_persona.demo import demo as run_demo  # here, so that other commands need no lab
+    from sae_persona.demo import DemoConfig  # here, so that other commands need no lab
+    from sae_persona.demo import demo as run_demo
 
-    run = run_demo(out, force=force, say=say)
+    config = DemoConfig() if threads is None else DemoConfig(threads=threads)
+    run = run_demo(out, config, force=force, say=say)
     typer.echo(f"report: {run.report}")
 
 
@@ -212,7 +216,7 @@ def try_(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
     edit: Edits,
     answers: AnswerConfig,
-    positions: Positions = "answer",
+    positions: Where = "answer",
     n: Annotated[int, typer.Option(help="Answers of each kind.")] = 3,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -272,7 +276,7 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="File to write, ending in .json; its tensors go beside it.")],
     edit: Edits,
-    positions: Positions = "answer",
+    positions: Where = "answer",
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is there.")] = False,
 ) -> None:
     """Write edits as an intervention file, with the evidence that the run has for their latents."""
@@ -281,7 +285,7 @@ def export(
         raise RunError(f"{out} is there already: choose another --out, or pass --force to replace it")
     lm = pipeline.open_model(opened)
     edits = pipeline.edits_of(opened, edit)
-    typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))  # pyright: ignore
+    typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))
 
 
 @app.command()

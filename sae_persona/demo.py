@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM, load_lm
 from sae_persona.activations.stream import StreamConfig
@@ -27,8 +29,9 @@ from sae_persona.report.page import write_report
 from sae_persona.runs import Run
 from sae_persona.sae.train import TrainConfig
 from sae_persona.steering.answers import AnswerConfig, answer
+from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention
-from sae_persona.steering.sweep import Sweep, SweepConfig
+from sae_persona.steering.sweep import SweepConfig
 from sae_persona.types import HookPoint
 
 
@@ -50,18 +53,25 @@ class DemoConfig:
     """Questions a trait that choose latent and strength."""
     n_test: int = 120
     """Questions a trait that the result is measured on."""
-    passes: int = 6
+    passes: int = 11
     """Times over the corpus."""
-    training: TrainConfig = TrainConfig(n_latents=512, k=8, lr=2e-3, steps=800, k_aux=32, seed=0)
+    training: TrainConfig = TrainConfig(n_latents=512, k=8, lr=2e-3, steps=1600, k_aux=32, seed=0)
     """Of the SAE."""
+    threads: int = 1
+    """CPU threads: on so small a model more of them mostly wait for each other, all the more on a busy machine."""
     traits: tuple[str, ...] = TRAITS
     """Personas that are ranked and clamped."""
 
 
 def demo(out: Path, config: DemoConfig | None = None, *, force: bool = False, say: Callable[[str], None]) -> Run:
     """Run every stage on the lab into ``out`` and write its report. ``say`` hears of each finished step."""
-    with Run.making(out, force=force) as run:
-        _fill(run, config or DemoConfig(), say)
+    config, before = config or DemoConfig(), torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with Run.making(out, force=force) as run:
+            _fill(run, config, say)
+    finally:
+        torch.set_num_threads(before)
     return run
 
 
@@ -112,11 +122,12 @@ def chats(trait: str, n: int, part: Part) -> list[list[dict[str, str]]]:
 
 def _effect(swept: Sweep) -> str:
     base, latent = swept.arm("baseline"), swept.chosen
-    random = max((abs(arm.gain.value) for arm in swept.randoms), default=float("nan"))
+    random = [arm.gain.value for arm in swept.randoms]
     return (
         f"clamped {swept.persona}: latent {swept.latent} at {swept.strength:g} x p99.9 moves its rate "
         f"{base.rate.value:.2f} -> {latent.rate.value:.2f} at {latent.cost.value:.2f} x perplexity; "
-        f"random latents at most {random:.2f}; difference of means {swept.arm('difference of means').rate.value:.2f}"
+        f"{len(random)} random latents by {sum(random) / len(random):+.2f} on average; "
+        f"difference of means {swept.arm('difference of means').rate.value:.2f}"
     )
 
 

@@ -88,7 +88,7 @@ def with_flags(skip: Mapping[str, set[str]] | None = None, **configs: type) -> C
 def _parameter(field: Field, hint: Any, text: str) -> inspect.Parameter:
     optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
     kind = next(arg for arg in get_args(hint) if arg is not NoneType) if optional else hint
-    default = field.default if field.default_factory is MISSING else field.default_factory()
+    default: Any = field.default if field.default_factory is MISSING else field.default_factory()
     option: dict[str, Any] = {"help": text}
     if kind is int:
         option |= {"parser": count, "metavar": "N"}

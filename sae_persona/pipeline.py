@@ -27,10 +27,11 @@ from sae_persona.sae.quality import Quality, quality
 from sae_persona.sae.train import TrainConfig, train
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
+from sae_persona.steering.arms import Arm, Sweep
 from sae_persona.steering.export.native import export
 from sae_persona.steering.interventions import Clamp, LatentEdit, Positions, parse_edit
 from sae_persona.steering.strength import Judge
-from sae_persona.steering.sweep import Arm, Candidate, Messages, Sweep, SweepConfig, sweep
+from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
 from sae_persona.types import HookPoint
 
 Source = str | Path | Sequence[Any] | Texts

@@ -5,7 +5,7 @@ import json
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.features.measure import Measurement
 from sae_persona.runs import Run
-from sae_persona.steering.sweep import Sweep
+from sae_persona.steering.arms import Sweep
 
 
 def test_every_stage_leaves_its_files(demo_run):

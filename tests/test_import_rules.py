@@ -17,7 +17,6 @@ ONLY_IN = {
     "transformers": {"lab", "activations", "steering"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
-    "matplotlib": {"report"},
     "typer": {"flags", "cli"},
 }
 FILES = sorted([*(ROOT / "sae_persona").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

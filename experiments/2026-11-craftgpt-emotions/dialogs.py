@@ -1,4 +1,4 @@
-"""Read the sampled dialogues: parse them, split them so that near-duplicates stay together, mark the labelled answer."""
+"""Read the sampled dialogues: parse them, keep near-duplicates in one part, mark the answer that the label is about."""
 
 import json
 import re

@@ -40,15 +40,21 @@ JUDGE: dict[str, list[str]] = {
 }
 """Persona -> words that show it and are not in its lexicon."""
 
+WEIGHT = frozenset("burden burdens weight weights weigh weighs weighing".split())
+"""Judge words that carry the same picture as the lexicon's "heavy"."""
+
 PATTERNS = {name: re.compile(r"\b(?:" + "|".join(words) + r")\b") for name, words in LEXICON.items()}
 JUDGED = {name: re.compile(r"\b(?:" + "|".join(words) + r")\b") for name, words in JUDGE.items()}
 
 
 def judge(question: str, answer: str) -> dict[str, float | None]:
-    """1.0 where the answer holds a judge word of the persona; beside it, for the record, a word of the lexicon."""
-    held_out = {name: float(pattern.search(answer) is not None) for name, pattern in JUDGED.items()}
-    lexicon = {f"{name} (lexicon)": float(PATTERNS[name].search(answer) is not None) for name in JUDGE}
-    return {**held_out, **lexicon}
+    """1.0 where the answer holds a judge word of the persona. For the record also: a word of the lexicon, and for sad a
+    judge word that is not about weight."""
+    scores: dict[str, float | None] = {name: float(p.search(answer) is not None) for name, p in JUDGED.items()}
+    scores["sad (no weight)"] = float(any(word not in WEIGHT for word in JUDGED["sad"].findall(answer)))
+    for name in JUDGE:
+        scores[f"{name} (lexicon)"] = float(PATTERNS[name].search(answer) is not None)
+    return scores
 
 
 def is_neutral(text: str) -> bool:

@@ -97,7 +97,7 @@ def write_texts(folder: Path, *, n: int, n_labelled: int, n_questions: int, seed
     for name, named in (("labelled", False), ("named", True)):
         files[name] = [row for part in SPLITS for row in labelled(n_labelled, part, seed=seed, named=named)]
     for trait in TRAITS:
-        for part, use in (("train", "development"), ("held_out", "test")):
+        for part, use in zip(SPLITS, ("development", "test"), strict=True):
             files[f"questions/{trait}-{use}"] = question_rows(trait, n_questions, part, seed=seed)
     paths = [folder / f"{name}.jsonl" for name in files]
     for path, rows in zip(paths, files.values(), strict=True):

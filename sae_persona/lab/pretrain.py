@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,8 @@ def pretrain(
 
     ``on_step(step, steps, loss)`` is called after each step.
     """
-    model = new_model(config).to(device).train()
+    model: Any = new_model(config)
+    model.to(device).train()
     optimizers = _optimizers(model, config)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     seen, losses, steps = 0, [], int(config.tokens / config.batch_tokens / 0.97)  # about 3 % is padding

@@ -10,7 +10,7 @@ from sae_persona.attribution.association import Interval
 from sae_persona.report.numbers import percent, strength, times
 from sae_persona.report.svg import Axis, Box, Drawing, apart
 from sae_persona.report.verdict import find
-from sae_persona.steering.sweep import Arm, Sweep
+from sae_persona.steering.arms import Arm, Sweep
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _HEIGHT, _TOP, _FLOOR = 330, 30, 272

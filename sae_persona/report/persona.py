@@ -9,7 +9,7 @@ from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.features.contexts import Context, TopContexts
 from sae_persona.report.verdict import about_ranking, about_sweep, find
 from sae_persona.runs import Run
-from sae_persona.steering.sweep import Arm, Sweep
+from sae_persona.steering.arms import Arm, Sweep
 
 
 @dataclass(frozen=True)

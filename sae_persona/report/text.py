@@ -9,7 +9,7 @@ from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError
 from sae_persona.features.measure import Measurement
 from sae_persona.runs import Run
-from sae_persona.steering.sweep import Sweep
+from sae_persona.steering.arms import Sweep
 
 
 def describe(run: Run) -> str:

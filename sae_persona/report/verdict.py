@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.report.numbers import fixed, p_value, percent, points, strength, times
-from sae_persona.steering.sweep import Arm, Sweep
+from sae_persona.steering.arms import Arm, Sweep
 
 
 def find(swept: Sweep, kind: str) -> Arm | None:

@@ -90,14 +90,14 @@ def applying(
             where.generating, where.prompt = False, None
 
     with watching(lm, where.see), editing(lm, hook, lambda x: where.edit(x, change)):
-        lm.model.generate = generate  # pyright: ignore[reportAttributeAccessIssue]
+        lm.model.generate = generate  # pyright: ignore
         try:
             yield
         finally:
             if replaced is None:
                 del lm.model.generate
             else:
-                lm.model.generate = replaced
+                lm.model.generate = replaced  # pyright: ignore
 
 
 @contextmanager

@@ -9,25 +9,22 @@ a prompt.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM
-from sae_persona.attribution.association import Interval
-from sae_persona.errors import ConfigError, DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.errors import ConfigError, DataError
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import Answer, AnswerConfig, answer, surprise
 from sae_persona.steering.apply import applying, intervene
+from sae_persona.steering.arms import Arm, Sweep
 from sae_persona.steering.interventions import Clamp, Positions, Steer, check_positions
 from sae_persona.steering.strength import Judge, Outcome, cost, gain, perplexity, wilson
 
-FORMAT = 1
 Messages = Sequence[dict[str, Any]]
 
 
@@ -43,7 +40,9 @@ class SweepConfig:
     """Tokens that are edited."""
     max_cost: float = 1.5
     """Highest perplexity, as a multiple of the unsteered answers', that a chosen strength may cost."""
-    n_random: int = 5
+    slack: float = 0.05
+    """Of the affordable clamps whose rate is within this of the highest, the cheapest is chosen."""
+    n_random: int = 8
     """Random latents on the test questions."""
     examples: int = 4
     """Answers kept for the report, an arm."""
@@ -65,89 +64,6 @@ class Candidate:
     latent: int
     unit: float
     """Its 99.9th percentile."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way of steering on one set of questions. Intervals are 95 %, over questions."""
-
-    kind: str
-    """baseline, latent, random, difference of means, or prompt."""
-    part: str
-    """development or test."""
-    strength: float | None
-    latent: int | None
-    rate: Interval
-    """Share of answers that show the persona, by the judge."""
-    gain: Interval
-    """Rate minus the baseline's, paired."""
-    cost: Interval
-    """Perplexity under the unsteered model over the baseline's, paired."""
-    perplexity: float
-    valid: Interval
-    side_effects: dict[str, float]
-    """Other trait -> its rate minus the baseline's."""
-    n: int
-    examples: tuple[tuple[str, str], ...]
-    """(question, answer) pairs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What clamping a persona's latent does, beside its controls."""
-
-    persona: str
-    latent: int
-    unit: float
-    strength: float
-    """Chosen on the development questions."""
-    positions: str
-    config: dict[str, Any]
-    arms: tuple[Arm, ...]
-
-    def arm(self, kind: str, *, part: str = "test", strength: float | None = None) -> Arm:
-        """The first such arm. LookupError if there is none."""
-        for arm in self.arms:
-            if arm.kind == kind and arm.part == part and strength in (None, arm.strength):
-                return arm
-        raise LookupError(f"no {kind} arm in this sweep")
-
-    @property
-    def chosen(self) -> Arm:
-        """The latent at the chosen strength, on the test questions."""
-        return self.arm("latent", strength=self.strength)
-
-    @property
-    def randoms(self) -> list[Arm]:
-        return [arm for arm in self.arms if arm.kind == "random"]
-
-    def __str__(self) -> str:
-        lines = [f"{self.persona}: latent {self.latent} clamped to {self.strength:g} x p99.9 at {self.positions!r}", ""]
-        lines.append(f"{'arm':28}{'rate':>22}{'perplexity x':>22}{'valid':>8}")
-        for arm in self.arms:
-            if arm.part == "test":
-                name = arm.kind + (f" {arm.latent}" if arm.latent is not None else "")
-                name += f" at {arm.strength:g}" if arm.strength is not None else ""
-                mark = " *" if arm is self.chosen else ""
-                lines.append(f"{name + mark:28}{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}")
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values; NaN becomes null."""
-        return {"format": FORMAT, **_plain(asdict(self))}
-
-    def save(self, path: Path) -> None:
-        """Write as JSON, whole or not at all."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what ``save`` wrote. FormatError if it is missing, corrupt or of another format."""
-        raw = read_json(path, "sweep")
-        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
-            raise FormatError(f"{path} is not a sweep of format {FORMAT}: sweep again")
-        arms = tuple(_arm(arm) for arm in raw.pop("arms"))
-        return cls(arms=arms, **raw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,11 +235,10 @@ def _steers(bench: _Bench, sae: SAE, direction: Tensor) -> Iterator[tuple[float,
 
 
 def _best(arms: Sequence[Arm], config: SweepConfig) -> Arm:
-    """The highest rate at an affordable cost; if none is affordable, the cheapest."""
-    affordable = [arm for arm in arms if arm.cost.value <= config.max_cost]
-    if affordable:
-        return max(affordable, key=lambda arm: (arm.rate.value, -arm.cost.value))
-    return min(arms, key=lambda arm: arm.cost.value)
+    """The cheapest of those whose rate is about the highest that is affordable; if none is, the cheapest of all."""
+    affordable = [arm for arm in arms if arm.cost.value <= config.max_cost] or [min(arms, key=lambda a: a.cost.value)]
+    highest = max(arm.rate.value for arm in affordable)
+    return min((arm for arm in affordable if arm.rate.value >= highest - config.slack), key=lambda arm: arm.cost.value)
 
 
 def _equal_cost(dense: Sequence[Arm], latent: Arm) -> float:
@@ -331,24 +246,3 @@ def _equal_cost(dense: Sequence[Arm], latent: Arm) -> float:
     strengths = [0.0, *(arm.strength or 0.0 for arm in dense)]
     costs = np.maximum.accumulate([0.0, *(math.log(arm.cost.value) for arm in dense)])
     return round(float(np.interp(math.log(max(latent.cost.value, 1.0)), costs, strengths)), 4)
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _arm(raw: dict[str, Any]) -> Arm:
-    def interval(values: Any) -> Interval:
-        return Interval(*(math.nan if value is None else value for value in values))
-
-    intervals = {name: interval(raw[name]) for name in ("rate", "gain", "cost", "valid")}
-    examples = tuple((question, text) for question, text in raw["examples"])
-    return replace(Arm(**{**raw, **intervals, "examples": examples}))

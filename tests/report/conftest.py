@@ -14,7 +14,7 @@ from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.features.contexts import TopContexts
 from sae_persona.features.files import write_h5
 from sae_persona.runs import Run, write_json, write_text
-from sae_persona.steering.sweep import Arm, Sweep
+from sae_persona.steering.arms import Arm, Sweep
 
 PERSONA = "pirate & <i>co"
 ATTACK = "<script>alert('arr')</script>"
