@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sae_persona.features.stats import LatentStats as LatentStats
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
+    from sae_persona.sae.formats import hook_metadata as hook_metadata
     from sae_persona.sae.formats import load_sae as load_sae
     from sae_persona.sae.formats import save_sae as save_sae
     from sae_persona.sae.model import SAE as SAE
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sae_persona.sae.train import TrainConfig as TrainConfig
     from sae_persona.sae.train import train as train
     from sae_persona.steering.answers import answer as answer
+    from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
     from sae_persona.steering.export.native import export as export
     from sae_persona.steering.export.native import load_intervention as load_intervention
@@ -54,11 +56,11 @@ _HOMES = {
     "features.stats": ("LatentStats",),
     "report.page": ("write_report",),
     "runs": ("Run",),
-    "sae.formats": ("load_sae", "save_sae"),
+    "sae.formats": ("hook_metadata", "load_sae", "save_sae"),
     "sae.model": ("SAE",),
     "sae.quality": ("quality",),
     "sae.train": ("TrainConfig", "train"),
-    "steering.answers": ("answer",),
+    "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene",),
     "steering.export.native": ("export", "load_intervention"),
     "steering.interventions": ("Ablate", "Add", "Clamp", "Scale"),

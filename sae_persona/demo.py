@@ -41,19 +41,19 @@ class DemoConfig:
 
     hook: HookPoint = HookPoint(3)
     """Where the SAE reads."""
-    n_corpus: int = 3000
+    n_corpus: int = 2700
     """Dialogues that the SAE is trained on."""
     n_quality: int = 150
     """Held-out dialogues for its quality."""
-    n_train: int = 1600
+    n_train: int = 1400
     """Labelled dialogues that rankings are made on."""
-    n_held_out: int = 1000
+    n_held_out: int = 900
     """Labelled dialogues, of other domains and templates, that repeat them."""
     n_development: int = 48
     """Questions a trait that choose latent and strength."""
     n_test: int = 120
     """Questions a trait that the result is measured on."""
-    passes: int = 11
+    passes: int = 12
     """Times over the corpus."""
     training: TrainConfig = TrainConfig(n_latents=512, k=8, lr=2e-3, steps=1600, k_aux=32, seed=0)
     """Of the SAE."""
@@ -104,7 +104,10 @@ def _fill(run: Run, config: DemoConfig, say: Callable[[str], None]) -> None:
             development=chats(trait, config.n_development, "train"),
             test=chats(trait, config.n_test, "held_out"),
             judge=judge,
-            config=SweepConfig(positions="pre", strengths=(0.5, 1.0, 1.5, 2.0, 2.5), answers=AnswerConfig(batch=256)),
+            n_candidates=2,
+            config=SweepConfig(
+                n_random=6, positions="pre", strengths=(0.5, 1.0, 1.5, 2.0, 2.5), answers=AnswerConfig(batch=256)
+            ),
             persona_prompt=corpora.persona_prompt(trait),
             found=found,
         )

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 from sae_persona.errors import FormatError, RunError, SaePersonaError
 
 FORMAT = 1
@@ -63,10 +65,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(old)
         else:
             temporary.replace(path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise RunError(f"cannot write {path}: {reason}. Free some space or choose another --out.") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

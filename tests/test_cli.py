@@ -38,7 +38,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
-    corpora.write_texts(folder, n=150, n_labelled=60, n_questions=6, seed=0)
+    corpora.write_texts(folder, n=400, n_labelled=150, n_questions=6, seed=0)
     return folder
 
 
@@ -49,24 +49,24 @@ def test_every_command_has_help(call):
         code, out, err = call(name, "--help")
         assert code == 0, err
         assert "Usage" in out
-    assert "99.9th percentile" in call("try", "--help")[1].replace("\n", " ").replace("│", "").replace("  ", " ")
+    assert "latent's 99.9th percentile" in " ".join(call("try", "--help")[1].replace("│", " ").split())
 
 
 def test_a_first_session(call, texts, tmp_path):
     """train, measure, rank, show, try, sweep, export, report: each on what the one before left."""
     out = tmp_path / "run"
     train = ["train", "lab", texts / "corpus.jsonl", "--hook", "layers.3.resid_post", "--out", out]
-    train += ["--n-latents", "64", "--k", "4", "--steps", "40", "--lr", "0.002", "--tokens", "answers"]
-    train += ["--context-size", "200", "--held-out", texts / "held_out.jsonl", "--passes", "3"]
+    train += ["--n-latents", "128", "--k", "8", "--steps", "250", "--lr", "0.003", "--tokens", "answers"]
+    train += ["--context-size", "200", "--held-out", texts / "held_out.jsonl", "--passes", "12", "--hold-tokens", "1M"]
     code, shown, err = call(*train)
     assert code == 0, err
-    assert "batch_topk SAE, 64 latents, k 4, at layers.3.resid_post of lab" in shown
+    assert "batch_topk SAE, 128 latents, k 8, at layers.3.resid_post of lab" in shown
     assert "held-out: FVU" in shown
     assert "100%" in err
 
     code, shown, err = call("measure", out, texts / "labelled.jsonl", "--context-size", "200", "--tokens", "answers")
     assert code == 0, err
-    assert "120 labelled answers; personas: cheerful, deceptive" in shown
+    assert "300 labelled answers; personas: cheerful, deceptive" in shown
 
     code, shown, err = call("rank", out, "formal", "--permutations", "200", "--json")
     ranking = json.loads(shown)

@@ -22,17 +22,17 @@ def test_every_stage_leaves_its_files(demo_run):
 
 
 def test_even_a_small_run_finds_and_moves_a_surface_trait(demo_run):
-    ranking = Ranking.load(demo_run.ranking("formal"))
+    ranking = Ranking.load(demo_run.ranking("cheerful"))
     assert ranking[0].held_out_auroc.value > 0.9
     assert ranking[0].p_max_t < 0.01
-    assert Sweep.load(demo_run.sweep("formal")).chosen.gain.value > 0.2
+    assert Sweep.load(demo_run.sweep("cheerful")).chosen.gain.value > 0.2
 
 
 def test_the_manifest_says_what_was_done(demo_run):
     trained = demo_run.stage("train")
     assert trained["model"]["name"] == "lab"
     assert trained["hook"] == "layers.3.resid_post"
-    assert trained["training"]["n_latents"] == 64
+    assert trained["training"]["n_latents"] == 128
     assert demo_run.stage("measure")["examples"] == len(Measurement.load(demo_run).pooled.ids) == 260
 
 

@@ -14,9 +14,9 @@ from sae_persona.steering.answers import AnswerConfig, answer, surprise
 from sae_persona.steering.strength import Judge, Outcome, cost, gain, wilson
 from sae_persona.steering.sweep import Messages
 
-TOLERANCE = 0.05
+TOLERANCE = 0.03
 """How near, in the log of the perplexity ratio, a tried strength must be for the search to end."""
-PROBES = 4
+TRIES = 5
 """Strengths tried at most."""
 FURTHEST = 12.0
 """Largest multiple of the first strength that is tried."""
@@ -63,17 +63,22 @@ class Bench:
         return {**{name: [_short(x) for x in interval] for name, interval in intervals.items()}, "others": others}
 
 
-def equal_strength(probe: Bench, steering: Steering, *, target: float, start: float) -> float:
-    """The strength whose log cost on the probe questions is ``target``, at most FURTHEST * start."""
+def equal_cost(held: Bench, steering: Steering, *, target: float, start: float) -> tuple[float, Outcome]:
+    """The tried strength whose log cost is nearest to ``target``, and what it wrote; at most FURTHEST * start.
+
+    The cost is measured on the very answers that are judged, so that no cost is estimated from other questions.
+    """
     tried: list[tuple[float, float]] = []
+    outcomes: list[Outcome] = []
     value = start
-    for _ in range(PROBES):
-        found = probe.log_cost(probe.outcome(steering(value)))
-        tried.append((value, found))
-        last, value = value, next_strength(tried, target, FURTHEST * start)
-        if abs(found - target) < TOLERANCE or value == last:
+    for _ in range(TRIES):
+        outcomes.append(held.outcome(steering(value)))
+        tried.append((value, held.log_cost(outcomes[-1])))
+        if abs(tried[-1][1] - target) < TOLERANCE:
             break
-    return value
+        value = next_strength(tried, target, FURTHEST * start)
+    best = min(range(len(tried)), key=lambda i: abs(tried[i][1] - target))
+    return tried[best][0], outcomes[best]
 
 
 def next_strength(tried: Sequence[tuple[float, float]], target: float, limit: float) -> float:
@@ -94,40 +99,34 @@ def next_strength(tried: Sequence[tuple[float, float]], target: float, limit: fl
 
 
 def against_random(
-    held: Bench,
-    probe: Bench,
-    persona: str,
-    ours: AbstractContextManager[None],
-    others: dict[int, Steering],
-    value: float,
+    held: Bench, persona: str, chosen: Outcome, others: dict[int, Steering], *, start: float
 ) -> dict[str, Any]:
-    """Compare one intervention with ``others``, each at the strength that costs the same on the probe questions.
+    """Compare what one intervention wrote with ``others``, each at the strength that costs the same.
 
-    The target is what ``ours`` costs on all questions. p is that of a rank: (1 + others that reach our rate) / (n + 1).
+    p is that of a rank: (1 + others that reach our rate) / (n + 1).
 
-    value   strength at which the search begins
+    start   strength at which each search begins
     """
-    chosen = held.outcome(ours)
     target = max(held.log_cost(chosen), TOLERANCE)
     arms, scores = [], {}
     for latent, steering in others.items():
-        equal = equal_strength(probe, steering, target=target, start=value)
-        outcome = held.outcome(steering(equal))
+        strength, outcome = equal_cost(held, steering, target=target, start=start)
         scores[latent] = outcome.scores[persona]
-        ratio = math.exp(held.log_cost(outcome))
-        arms.append(
-            {"latent": latent, "value": _short(equal), "rate": _short(scores[latent].mean()), "cost": _short(ratio)}
-        )
+        facts = {"value": strength, "rate": scores[latent].mean(), "cost": math.exp(held.log_cost(outcome))}
+        arms.append({"latent": latent, **{name: _short(x) for name, x in facts.items()}})
     arms.sort(key=lambda arm: -arm["rate"])
     rates, costs = (np.array([arm[name] for arm in arms]) for name in ("rate", "cost"))
-    reached = int((rates >= chosen.scores[persona].mean() - 5e-5).sum())
+    reached = int((rates >= chosen.scores[persona].mean() - 1e-4).sum())
     best = arms[0]
+    cheap = sum(math.log(arm["cost"]) < target - TOLERANCE for arm in arms)
     return {
         "n_random": len(arms),
         "random_reaching_it": reached,
         "p": _short((1 + reached) / (len(arms) + 1)),
         "random_rate": {"mean": _short(rates.mean()), "p95": _short(np.percentile(rates, 95)), "best": best["rate"]},
         "random_cost": {"mean": _short(costs.mean()), "sd": _short(costs.std()), "wanted": _short(math.exp(target))},
+        "random_below_the_cost": cheap,
+        "best_random": best["latent"],
         "minus_best_random": [_short(x) for x in gain(chosen.scores[persona], scores[best["latent"]])],
         "arms": arms,
     }

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from charts import draw
 from dialogs import Corpus, labelled_rows, questions, read_corpus, unlabelled_rows
-from equal_cost import Bench, against_random, equal_strength
+from equal_cost import Bench, against_random, equal_cost
 from sklearn.metrics import roc_auc_score
-from words import explained, judge
+from words import explained, judge, telling
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM, load_lm
@@ -70,14 +70,18 @@ class Settings:
     pool: Pool = "pre"
     positions: Positions = "all"
     strengths: tuple[float, ...] = (0.75, 1.0, 1.25, 1.5, 2.0)
-    max_cost: float = 1.5
+    max_cost: float = 1.6
     n_candidates: int = 3
     n_development: int = 256
     n_test: int = 320
-    n_probe: int = 96
-    """Of the test questions, to find equal costs on."""
+    skip_test: int = 320
+    """Test questions that were looked at while this was written; none of them is asked again."""
     n_random: int = 100
     max_new_tokens: int = 20
+
+    def test(self, corpus: Corpus) -> list[list[dict[str, str]]]:
+        """The test questions."""
+        return questions(corpus.texts["test"], self.skip_test + self.n_test)[self.skip_test :]
 
     @property
     def answers(self) -> AnswerConfig:
@@ -100,8 +104,10 @@ def main() -> None:
     found = train_and_measure(run, lm, corpus, settings)
     sweeps = [rank_and_sweep(run, lm, persona, corpus, found, settings) for persona in PERSONAS]
     with get_context("spawn").Pool(len(PERSONAS)) as pool:
-        test = questions(corpus.texts["test"], settings.n_test)
+        test = settings.test(corpus)
         controls = pool.map(partial(control, run.path, test, settings), PERSONAS)
+        pool.close()
+        pool.join()
     print(write_report(run))
     results = {
         "settings": asdict(settings),
@@ -142,7 +148,7 @@ def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measur
         lm,
         persona,
         development=questions(corpus.texts["development"], settings.n_development),
-        test=questions(corpus.texts["test"], settings.n_test),
+        test=settings.test(corpus),
         judge=judge,
         config=SweepConfig(
             strengths=settings.strengths,
@@ -155,7 +161,7 @@ def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measur
     )
     print(swept)
     export_stage(run, lm, persona, [chosen_clamp(swept)], positions=settings.positions)
-    check_export(run, lm, persona, swept, questions(corpus.texts["test"], 8), settings)
+    check_export(run, lm, persona, swept, settings.test(corpus)[:8], settings)
     return swept
 
 
@@ -176,7 +182,7 @@ def control(path: Path, chats: list[Any], settings: Settings, persona: str) -> d
     run = Run.open(path)
     lm, found, swept = open_model(run), Measurement.load(run), Sweep.load(run.sweep(persona))
     sae, clamp = open_sae(run, lm), chosen_clamp(swept)
-    held, probe = (Bench(lm, judge, settings.answers, chats[:n]) for n in (settings.n_test, settings.n_probe))
+    held = Bench(lm, judge, settings.answers, chats)
 
     def clamping(latent: int, value: float):
         return intervene(lm, sae, [Clamp(latent, 1.0, value)], positions=settings.positions)
@@ -191,14 +197,13 @@ def control(path: Path, chats: list[Any], settings: Settings, persona: str) -> d
     arms = {"latent": {"latent": clamp.latent, "strength": clamp.strength, **held.facts(chosen, persona)}}
     for pool in ("pre", "mean"):
         steering = partial(adding, pool)
-        strength = equal_strength(probe, steering, target=held.log_cost(chosen), start=1.0)
-        facts = held.facts(held.outcome(steering(strength)), persona)
-        arms[f"difference of means, {pool}"] = {"strength": round(strength, 3), **facts}
+        strength, outcome = equal_cost(held, steering, target=held.log_cost(chosen), start=1.0)
+        arms[f"difference of means, {pool}"] = {"strength": round(strength, 3), **held.facts(outcome, persona)}
     arms["told in the question"] = held.facts(held.outcome(nullcontext(), told(lm, chats, persona)), persona)
     tried = {row.latent for row in candidates(open_ranking(run, persona), settings.n_candidates)}
     randoms = matched_latents(found, tried, clamp.latent, settings.n_random, seed=0)
     others = {latent: partial(clamping, latent) for latent in randoms}
-    random = against_random(held, probe, persona, ours(), others, clamp.strength * clamp.unit)
+    random = against_random(held, persona, chosen, others, start=clamp.strength * clamp.unit)
     return {"baseline": base, "arms": arms, "random": random}
 
 
@@ -215,6 +220,7 @@ def facts_of(corpus: Corpus, found: Measurement) -> dict[str, Any]:
         "dialogues": {part: len(texts) for part, texts in corpus.texts.items()},
         "groups_of_near_duplicates": corpus.n_groups,
         "lexicon": explained(texts, corpus.labels),
+        "most_telling_judge_word": {name: round(share, 3) for name, share in telling(corpus.labels).items()},
         "labelled_answers": len(found.pooled),
         "length_auroc": {persona: round(length_auroc(found.pooled, persona), 3) for persona in PERSONAS},
     }

@@ -3,7 +3,8 @@
 The labels of the data come from a list of words that is not documented. It was inferred: a word belongs to a class if
 (nearly) every labelled dialogue that holds it has that label, and the rule "a dialogue is labelled if it holds at least
 two words of one class, and none of the others" was then checked against which dialogues are labelled at all
-(``explained``). Judge words were written down before any model was steered, and share no stem with the lexicon.
+(``explained``). Judge words share no stem
+with the lexicon and do not nearly determine a label either (``telling``).
 """
 
 import re
@@ -31,35 +32,37 @@ LEXICON: dict[str, tuple[str, ...]] = {
 """Class -> patterns of whole words."""
 
 JUDGE: dict[str, list[str]] = {
-    "happy": """enjoy enjoys enjoyed enjoying enjoyable enjoyment fun laugh laughs laughing laughter lovely love loved
-        beautiful beauty bright brighter brighten glad pleasant pleasure pleasures celebrate celebrating celebration
-        celebrations cherish cherished lively peaceful warmth uplifting playful fantastic""".split(),
-    "sad": """hurt hurts hurting pain painful lost lose losing loss losses miss missing missed tear tears alone empty
-        emptiness hopeless broken burden burdens weight weights weigh weighs weighing grief hollow struggle struggles
-        struggling suffer suffering ache aches aching unhappy heartbroken heartache""".split(),
+    "happy": """enjoy enjoyed enjoying enjoyable enjoyment fun laugh laughing lovely love loved beautiful beauty bright
+        brighter brighten pleasant pleasure lively peaceful warmth playful""".split(),
+    "sad": """hurt hurts hurting pain painful lost lose losing miss missing missed tear tears alone hopeless broken
+        grief hollow struggle struggles struggling suffer suffering ache aches aching unhappy heartbroken
+        heartache""".split(),
 }
-"""Persona -> words that show it and are not in its lexicon."""
+"""Persona -> words that show it, are not in its lexicon, and do not nearly determine its label (``TELLING``)."""
 
-WEIGHT = frozenset("burden burdens weight weights weigh weighs weighing".split())
-"""Judge words that carry the same picture as the lexicon's "heavy"."""
+TELLING = 0.8
+"""No judge word may have a larger share of its labelled dialogues labelled with the persona."""
+
+FAMILIES: dict[str, list[str]] = {
+    "sad (weight)": "burden burdens weight weights weigh weighs weighing".split(),
+}
+"""Recorded, but not judged by: the lexicon's "heavy" in other words; 95 % of their labelled dialogues are sad."""
 
 PATTERNS = {name: re.compile(r"\b(?:" + "|".join(words) + r")\b") for name, words in LEXICON.items()}
-JUDGED = {name: re.compile(r"\b(?:" + "|".join(words) + r")\b") for name, words in JUDGE.items()}
+SCORED = {
+    **{name: re.compile(r"\b(?:" + "|".join(words) + r")\b") for name, words in (JUDGE | FAMILIES).items()},
+    **{f"{name} (lexicon)": PATTERNS[name] for name in JUDGE},
+}
 
 
 def judge(question: str, answer: str) -> dict[str, float | None]:
-    """1.0 where the answer holds a judge word of the persona. For the record also: a word of the lexicon, and for sad a
-    judge word that is not about weight."""
-    scores: dict[str, float | None] = {name: float(p.search(answer) is not None) for name, p in JUDGED.items()}
-    scores["sad (no weight)"] = float(any(word not in WEIGHT for word in JUDGED["sad"].findall(answer)))
-    for name in JUDGE:
-        scores[f"{name} (lexicon)"] = float(PATTERNS[name].search(answer) is not None)
-    return scores
+    """1.0 where the answer holds a judge word of the persona. Recorded too: words of the lexicon and its families."""
+    return {name: float(pattern.search(answer) is not None) for name, pattern in SCORED.items()}
 
 
 def is_neutral(text: str) -> bool:
     """Whether a text holds no word of any list, so that an answer cannot copy one from it."""
-    return not any(pattern.search(text) for pattern in (*PATTERNS.values(), *JUDGED.values()))
+    return not any(pattern.search(text) for pattern in (*PATTERNS.values(), *SCORED.values()))
 
 
 def label(text: str) -> str | None:
@@ -81,3 +84,17 @@ def explained(texts: Iterable[str], labels: dict[str, str]) -> dict[str, int | f
         "labelled_found": both / max(sum(truth is not None for _, truth in pairs), 1),
         "wrongly_labelled": sum(guess is not None and guess != truth for guess, truth in pairs),
     }
+
+
+def telling(labels: dict[str, str]) -> dict[str, float]:
+    """The largest share, over the judge words in five or more labelled dialogues, that has the persona's label."""
+    found = {}
+    for persona, words in JUDGE.items():
+        shares = []
+        for word in words:
+            held = [mark == persona for text, mark in labels.items() if re.search(rf"\b{word}\b", text)]
+            shares += [sum(held) / len(held)] if len(held) >= 5 else []
+        found[persona] = max(shares)
+        if found[persona] >= TELLING:
+            raise ValueError(f"a judge word of {persona} nearly determines the label: {found[persona]:.2f}")
+    return found

@@ -40,7 +40,7 @@ def hook_metadata(lm: LM, hook: HookPoint) -> dict[str, str]:
     return names
 
 
-def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any] | None = None) -> None:
+def save_sae(sae: SAE, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
     """Write ``sae`` as a folder, whole or not at all; ``metadata`` joins its own. RunError if the disk refuses."""
     tensors = {"W_enc": sae.w_enc.T, "W_dec": sae.w_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     config = {

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
+from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.hooks import model_inputs
 from sae_persona.activations.lm import LM, padded
 from sae_persona.errors import ConfigError, DataError
@@ -61,6 +63,11 @@ def answer(lm: LM, prompts: Sequence[list[int]], config: AnswerConfig | None = N
     return [written[i] for i in range(len(prompts))]
 
 
+def say(lm: LM, prompt: str, config: AnswerConfig | None = None) -> str:
+    """The model's answer to what a user says, as its chat template asks it. Errors as ``answer`` and ``tokenize``."""
+    return answer(lm, [prompt_tokens(lm, [{"role": "user", "content": prompt}])], config)[0].text
+
+
 def _check(lm: LM, prompts: Sequence[list[int]], config: AnswerConfig) -> None:
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
@@ -112,7 +119,7 @@ def surprise(lm: LM, prompts: Sequence[list[int]], answers: Sequence[Answer], *,
         rows = order[at : at + batch]
         input_ids, mask = padded(lm, [prompts[i] + answers[i].ids for i in rows], side="right")
         logits = lm.model(**model_inputs(lm, input_ids, mask)).logits[:, :-1].float()
-        nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+        nll = F.cross_entropy(rearrange(logits, "b t words -> b words t"), input_ids[:, 1:], reduction="none")
         for row, i in enumerate(rows):
             first, n = len(prompts[i]), len(answers[i].ids)
             found[i] = torch.tensor([nll[row, first - 1 : first - 1 + n].double().sum().item(), n])

@@ -69,13 +69,13 @@ class Sweep:
 
     def __str__(self) -> str:
         lines = [f"{self.persona}: latent {self.latent} clamped to {self.strength:g} x p99.9 at {self.positions!r}", ""]
-        lines.append(f"{'arm':28}{'rate':>22}{'perplexity x':>22}{'valid':>8}")
+        lines.append(f"{'arm':32}{'rate':>22}{'perplexity x':>22}{'valid':>8}")
         for arm in self.arms:
             if arm.part == "test":
                 name = arm.kind + (f" {arm.latent}" if arm.latent is not None else "")
                 name += f" at {arm.strength:g}" if arm.strength is not None else ""
                 mark = " *" if arm is self.chosen else ""
-                lines.append(f"{name + mark:28}{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}")
+                lines.append(f"{name + mark:32}{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class SweepConfig:
     """Tokens that are edited."""
     max_cost: float = 1.5
     """Highest perplexity, as a multiple of the unsteered answers', that a chosen strength may cost."""
-    slack: float = 0.05
+    slack: float = 0.02
     """Of the affordable clamps whose rate is within this of the highest, the cheapest is chosen."""
     n_random: int = 8
     """Random latents on the test questions."""

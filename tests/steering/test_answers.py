@@ -3,7 +3,7 @@ import torch
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.errors import ConfigError, DataError
-from sae_persona.steering.answers import Answer, AnswerConfig, answer, surprise
+from sae_persona.steering.answers import Answer, AnswerConfig, answer, say, surprise
 
 
 def test_the_same_seed_gives_the_same_answers_and_leaves_torchs_alone(lm, prompts):
@@ -65,3 +65,9 @@ def test_what_cannot_be_answered_is_refused(lm, prompts):
 def test_an_empty_answer_surprises_nobody(lm):
     prompt = prompt_tokens(lm, [{"role": "user", "content": "what do you want ?"}])
     assert surprise(lm, [prompt], [Answer("", [])]).tolist() == [[0.0, 0.0]]
+
+
+def test_say_asks_as_the_chat_template_does(lm):
+    greedy = AnswerConfig(temperature=0.0)
+    prompt = prompt_tokens(lm, [{"role": "user", "content": "what do you want ?"}])
+    assert say(lm, "what do you want ?", greedy) == answer(lm, [prompt], greedy)[0].text

@@ -23,7 +23,7 @@ from sae_persona.runs import file_hash, read_json, versions, write_json, write_w
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
 from sae_persona.steering.apply import intervene
-from sae_persona.steering.interventions import OPERATIONS, LatentEdit, Positions, check_positions
+from sae_persona.steering.interventions import OPERATIONS, LatentEdit, LatentEditor, Positions, check_positions
 from sae_persona.types import HookPoint
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def export(
 ) -> Path:
     """Write ``path`` (ending in .json) and the .safetensors beside it, each whole or not at all; returns the former.
 
-    ConfigError without edits or for a path of another ending, ModelError if the SAE is not for this model.
+    ConfigError without edits, for edits that cannot be or a path of another ending; ModelError if the SAE is not for this model.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -74,6 +74,7 @@ def export(
     check_positions(positions)
     sae.check_width(lm.d_model)
     lm.check(sae.hook)
+    LatentEditor(sae, tuple(edits))  # refuses latents that do not exist or are edited twice
     tensors = _rows(sae, [edit.latent for edit in edits])
     tensor_path = path.with_suffix(".safetensors")
     if tensors:
