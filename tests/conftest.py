@@ -45,14 +45,14 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory):
     from sae_persona.sae.train import TrainConfig
 
     config = DemoConfig(
-        n_corpus=400,
+        n_corpus=1000,
         n_quality=20,
-        n_train=160,
+        n_train=240,
         n_held_out=100,
         n_development=8,
         n_test=10,
         passes=12,
-        training=TrainConfig(n_latents=128, k=8, lr=3e-3, steps=250),
+        training=TrainConfig(n_latents=256, k=8, lr=2e-3, steps=500),
         traits=("cheerful", "formal"),
     )
     said: list[str] = []

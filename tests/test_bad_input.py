@@ -163,7 +163,7 @@ def test_a_stage_before_its_time(refused, run, tmp_path):
 
 
 def test_edits_that_cannot_be(refused, run, tmp_path):
-    refused("latent 128 does not exist", "try", run.path, "what do you want ?", "--edit", "clamp:128=1")
+    refused("latent 256 does not exist", "try", run.path, "what do you want ?", "--edit", "clamp:256=1")
     refused("an edit reads clamp:LATENT=STRENGTH", "try", run.path, "what do you want ?", "--edit", "12=1")
     refused("latent 999 does not exist", "export", run.path, "--out", tmp_path / "x.json", "--edit", "ablate:999")
     assert not (tmp_path / "x.json").exists()

@@ -32,8 +32,8 @@ def test_the_manifest_says_what_was_done(demo_run):
     trained = demo_run.stage("train")
     assert trained["model"]["name"] == "lab"
     assert trained["hook"] == "layers.3.resid_post"
-    assert trained["training"]["n_latents"] == 128
-    assert demo_run.stage("measure")["examples"] == len(Measurement.load(demo_run).pooled.ids) == 260
+    assert trained["training"]["n_latents"] == 256
+    assert demo_run.stage("measure")["examples"] == len(Measurement.load(demo_run).pooled.ids) == 340
 
 
 def test_quality_is_better_than_ablation(demo_run):

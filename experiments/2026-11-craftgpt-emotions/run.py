@@ -48,10 +48,11 @@ from sae_persona.runs import Run, read_json, write_json
 from sae_persona.sae.train import TrainConfig
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import applying, intervene
+from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention
 from sae_persona.steering.interventions import Clamp, Positions, Steer
 from sae_persona.steering.strength import wilson
-from sae_persona.steering.sweep import Sweep, SweepConfig
+from sae_persona.steering.sweep import SweepConfig
 from sae_persona.types import HookPoint
 
 HERE = Path(__file__).parent
@@ -71,6 +72,7 @@ class Settings:
     positions: Positions = "all"
     strengths: tuple[float, ...] = (0.75, 1.0, 1.25, 1.5, 2.0)
     max_cost: float = 1.6
+    slack: float = 0.02
     n_candidates: int = 3
     n_development: int = 256
     n_test: int = 320
@@ -100,28 +102,24 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     settings = Settings(layer=args.layer, n_random=args.n_random)
-    run, lm, corpus = Run.create(args.out, force=args.force), load_lm(str(args.model)), read_corpus(args.data)
-    found = train_and_measure(run, lm, corpus, settings)
-    sweeps = [rank_and_sweep(run, lm, persona, corpus, found, settings) for persona in PERSONAS]
-    with get_context("spawn").Pool(len(PERSONAS)) as pool:
-        test = settings.test(corpus)
-        controls = pool.map(partial(control, run.path, test, settings), PERSONAS)
-        pool.close()
-        pool.join()
-    print(write_report(run))
+    lm, corpus = load_lm(str(args.model)), read_corpus(args.data)
+    with Run.making(args.out, force=args.force) as run:
+        found = train_and_measure(run, lm, corpus, settings)
+        for persona in PERSONAS:
+            rank_and_sweep(run, lm, persona, corpus, found, settings)
+        controls = control_all(run, corpus, settings)
     results = {
         "settings": asdict(settings),
         "data": facts_of(corpus, found),
         "sae": read_json(run.quality, "quality"),
-        "personas": {
-            persona: {"ranking": ranked(run, swept), **controlled}
-            for persona, swept, controlled in zip(PERSONAS, sweeps, controls, strict=True)
-        },
+        "personas": {persona: {"ranking": ranked(run, found, persona), **controls[persona]} for persona in PERSONAS},
     }
-    write_json(run.path / "equal_cost.json", {p: r["random"].pop("arms") for p, r in results["personas"].items()})
+    arms = {persona: controls[persona]["random"].pop("arms") for persona in PERSONAS}
+    write_json(run.path / "equal_cost.json", arms)
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
     write_json(HERE / "results.json", results)
-    draw(results, read_json(run.path / "equal_cost.json", "arms"), HERE / "equal_cost.png")
+    draw(results, arms, HERE / "equal_cost.png")
+    print(write_report(run))
 
 
 def train_and_measure(run: Run, lm: LM, corpus: Corpus, settings: Settings) -> Measurement:
@@ -139,7 +137,7 @@ def train_and_measure(run: Run, lm: LM, corpus: Corpus, settings: Settings) -> M
     return measure_stage(run, lm, rows, config=MeasureConfig(context_size=CONTEXT, tokens="answers", lm_batch=64))
 
 
-def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measurement, settings: Settings) -> Sweep:
+def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measurement, settings: Settings) -> None:
     """Rank, choose latent and strength on development questions, measure on test questions, export."""
     ranking = rank_stage(run, persona, config=RankConfig(pool=settings.pool), found=found)
     print(ranking)
@@ -154,6 +152,7 @@ def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measur
             strengths=settings.strengths,
             positions=settings.positions,
             max_cost=settings.max_cost,
+            slack=settings.slack,
             answers=settings.answers,
         ),
         n_candidates=settings.n_candidates,
@@ -162,7 +161,6 @@ def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measur
     print(swept)
     export_stage(run, lm, persona, [chosen_clamp(swept)], positions=settings.positions)
     check_export(run, lm, persona, swept, settings.test(corpus)[:8], settings)
-    return swept
 
 
 def check_export(run: Run, lm: LM, persona: str, swept: Sweep, chats: Sequence[Any], settings: Settings) -> None:
@@ -174,6 +172,15 @@ def check_export(run: Run, lm: LM, persona: str, swept: Sweep, chats: Sequence[A
         together = answer(lm, prompts, greedy)
     if [a.ids for a in alone] != [a.ids for a in together]:
         raise SystemExit(f"{run.intervention(persona)} does not do what it was exported from")
+
+
+def control_all(run: Run, corpus: Corpus, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The controls of every persona, a process each."""
+    with get_context("spawn").Pool(len(PERSONAS)) as pool:
+        found = pool.map(partial(control, run.path, settings.test(corpus), settings), PERSONAS)
+        pool.close()
+        pool.join()
+    return dict(zip(PERSONAS, found, strict=True))
 
 
 def control(path: Path, chats: list[Any], settings: Settings, persona: str) -> dict[str, Any]:
@@ -232,9 +239,9 @@ def length_auroc(pooled: Pooled, persona: str) -> float:
     return float(roc_auc_score(chosen.y, pooled.n_answer_tokens[chosen.rows]))
 
 
-def ranked(run: Run, swept: Sweep) -> dict[str, Any]:
+def ranked(run: Run, found: Measurement, persona: str) -> dict[str, Any]:
     """What the ranking says of the chosen latent, in all and block by block, and of the dense baselines."""
-    ranking = open_ranking(run, swept.persona)
+    ranking, swept = open_ranking(run, persona), Sweep.load(run.sweep(persona))
     place, row = next((i, row) for i, row in enumerate(ranking) if row.latent == swept.latent)
     return {
         "latent": row.latent,
@@ -245,7 +252,7 @@ def ranked(run: Run, swept: Sweep) -> dict[str, Any]:
         "held_out_auroc": [round(x, 4) for x in row.held_out_auroc],
         "held_out_p": round(row.held_out_p, 5),
         "firing_rate": round(row.firing_rate, 4),
-        "blocks": by_block(Measurement.load(run).pooled, ranking, row.latent),
+        "blocks": by_block(found.pooled, ranking, row.latent),
         "dense": [{"name": d.name, "held_out_auroc": [round(x, 4) for x in d.held_out_auroc]} for d in ranking.dense],
     }
 
