@@ -64,7 +64,7 @@ def export(
 ) -> Path:
     """Write ``path`` (ending in .json) and the .safetensors beside it, each whole or not at all; returns the former.
 
-    ConfigError without edits, for edits that cannot be or a path of another ending; ModelError if the SAE is not for this model.
+    ConfigError without edits, for edits that cannot be or a path of another ending; ModelError for another width.
     """
     path = Path(path)
     if path.suffix != ".json":
