@@ -20,7 +20,7 @@ ONLY_IN = {
     "typer": {"flags", "cli"},
 }
 FILES = sorted([*(ROOT / "sae_persona").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-KERNELS_MAY = {"torch", "triton", "sae_kernels", "jaxtyping", "einops", *sys.stdlib_module_names}
+KERNELS_MAY = {"torch", "triton", "sae_kernels", "einops", *sys.stdlib_module_names}
 
 
 def stage_of(path: Path) -> str:

@@ -115,7 +115,7 @@ def test_an_exception_inside_generate_leaves_the_next_generate_right(lm, sae, pr
 
 
 def test_blocks_nest(lm, sae, prompts):
-    one, two = Clamp(3, 2.0, 6.0), Add(8, 3.0, 6.0)
+    one, two = Clamp(3, 2.0, 6.0), Add(8, 10.0, 6.0)
     with intervene(lm, sae, [one]):
         outer = answer(lm, prompts, GREEDY)
         with intervene(lm, sae, [two]):
