@@ -161,17 +161,25 @@ def train(
 
 
 @app.command()
-@with_flags(config=MeasureConfig)
+@with_flags(skip={"config": {"context_size", "tokens"}}, config=MeasureConfig)
 def measure(
     run: RunPath,
     dialogues: Annotated[Path, typer.Argument(metavar="DIALOGUES", help=f"Labelled rows: {Texts}.")],
     config: MeasureConfig,
+    context_size: Annotated[
+        int | None, typer.Option(help="Tokens of a text that are read; by default as trained.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="all or answers: what is counted; by default as trained.")] = None,
     device: Device = "cpu",
 ) -> None:
     """Statistics and contexts of every latent, and the activations of each labelled answer."""
     opened = Run.open(run)
     lm = pipeline.open_model(opened, device=device)
-    found = pipeline.measure_stage(opened, lm, dialogues, config=config)
+    trained = opened.stage("train")["streaming"]
+    read = {"context_size": context_size or trained["context_size"], "tokens": tokens or trained["tokens"]}
+    found = pipeline.measure_stage(opened, lm, dialogues, config=replace(config, **read))
+    if found.dropped:
+        say(f"{found.dropped} labelled answers begin beyond {read['context_size']} tokens: raise --context-size")
     personas = ", ".join(found.pooled.personas)
     typer.echo(f"{found.stats.n_tokens} tokens, {len(found.pooled.ids)} labelled answers; personas: {personas}")
 
@@ -281,8 +289,9 @@ def export(
 ) -> None:
     """Write edits as an intervention file, with the evidence that the run has for their latents."""
     opened = Run.open(run)
-    if out.exists() and not force:
-        raise RunError(f"{out} is there already: choose another --out, or pass --force to replace it")
+    taken = [path for path in (out, out.with_suffix(".safetensors")) if path.exists()]
+    if taken and not force:
+        raise RunError(f"{taken[0]} is there already: choose another --out, or pass --force to replace it")
     lm = pipeline.open_model(opened)
     edits = pipeline.edits_of(opened, edit)
     typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))

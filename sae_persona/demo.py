@@ -129,7 +129,8 @@ def _effect(swept: Sweep) -> str:
     return (
         f"clamped {swept.persona}: latent {swept.latent} at {swept.strength:g} x p99.9 moves its rate "
         f"{base.rate.value:.2f} -> {latent.rate.value:.2f} at {latent.cost.value:.2f} x perplexity; "
-        f"{len(random)} random latents by {sum(random) / len(random):+.2f} on average; "
+        f"{len(random)} random latents by {sum(random) / len(random):+.2f} on average, "
+        f"{max(random, key=abs):+.2f} at most; "
         f"difference of means {swept.arm('difference of means').rate.value:.2f}"
     )
 

@@ -1,6 +1,7 @@
 """One function a stage, over a run folder: read what earlier stages left there, add what this one makes."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM, load_lm
@@ -117,7 +119,9 @@ def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig)
         if not len(found.pooled.ids):
             raise DataError("no answer in these texts has labels: give each row labels {PERSONA: 0 or 1}")
         found.save(run)
-        facts |= {"examples": len(found.pooled.ids), "tokens": found.stats.n_tokens}
+        for folder in ("rankings", "sweeps"):  # they speak of what was measured before
+            shutil.rmtree(run.path / folder, ignore_errors=True)
+        facts |= {"examples": len(found.pooled.ids), "dropped": found.dropped, "tokens": found.stats.n_tokens}
     return found
 
 
@@ -149,9 +153,12 @@ def candidates(ranking: Ranking, n: int, latent: int | None = None) -> list[Cand
     return [Candidate(latent=row.latent, unit=row.p999) for row in rows]
 
 
-def matched_latents(found: Measurement, taken: Iterable[int], latent: int, n: int, *, seed: int) -> list[int]:
-    """``n`` random latents out of the 4 n that are nearest to ``latent`` in firing rate, without those ``taken``."""
-    rates = found.stats.firing_rate.numpy()
+def matched_latents(values: sparse.csr_matrix, taken: Iterable[int], latent: int, n: int, *, seed: int) -> list[int]:
+    """``n`` random latents out of the 4 n that are nearest to ``latent`` in firing rate, without those ``taken``.
+
+    values   [examples, n_latents] where the clamp will act: latents that fire elsewhere only would be easy controls
+    """
+    rates = values.getnnz(axis=0) / max(1, len(values.indptr) - 1)
     free = np.flatnonzero((rates > 0) & ~np.isin(np.arange(len(rates)), list(taken)))
     distance = np.abs(np.log(rates[free]) - np.log(rates[latent]))
     nearest = free[np.argsort(distance, kind="stable")[: 4 * n]]
@@ -190,7 +197,7 @@ def sweep_stage(
             open_sae(run, lm),
             persona,
             candidates=chosen,
-            random_latents=_random_latents(found, ranking, chosen, config),
+            matched=lambda latent: _random_latents(found, ranking, chosen, latent, config),
             direction=mean_difference(found.pooled, persona, ranking.config["pool"]),
             development=development,
             test=test,
@@ -205,12 +212,12 @@ def sweep_stage(
 
 
 def _random_latents(
-    found: Measurement, ranking: Ranking, chosen: Sequence[Candidate], config: SweepConfig
+    found: Measurement, ranking: Ranking, chosen: Sequence[Candidate], latent: int, config: SweepConfig
 ) -> list[int]:
-    if not chosen:
-        return []
-    taken = {row.latent for row in ranking[:10]} | {candidate.latent for candidate in chosen}
-    return matched_latents(found, taken, chosen[0].latent, config.n_random, seed=config.answers.seed)
+    """Controls that fire as often as ``latent`` and do not tell the persona themselves (p max-T above 5 %)."""
+    taken = {row.latent for row in ranking if row.p_max_t <= 0.05} | {candidate.latent for candidate in chosen}
+    values = found.pooled.pools[ranking.config["pool"]]
+    return matched_latents(values, taken, latent, config.n_random, seed=config.answers.seed)
 
 
 def export_stage(

@@ -26,11 +26,12 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from sae_persona.errors import FormatError, RunError, SaePersonaError
+from sae_persona.errors import FormatError, RunError
 
 FORMAT = 1
 PACKAGES = ("sae-persona", "torch", "transformers", "triton", "numpy")
@@ -47,12 +48,16 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, mark: str | None = None) -> None:
     """Let ``write`` fill a temporary file or folder beside ``path``, then put it in place in one rename.
 
-    Whatever stood at ``path`` is replaced. On any failure it is left as it was and the temporary is removed.
-    RunError when the disk refuses.
+    mark   for a folder: the file that tells that one is of this kind, and may be replaced
+
+    A file that stood at ``path`` is replaced; a folder only if it is empty or bears ``mark``, so that nobody's files
+    are lost. On any failure all is left as it was. RunError when the disk refuses or another folder is in the way.
     """
+    if path.is_dir() and any(path.iterdir()) and not (mark and (path / mark).is_file()):
+        raise RunError(f"{path} is a folder with other things in it: choose another name")
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ class Run:
     @classmethod
     @contextmanager
     def making(cls, path: str | Path, *, force: bool = False) -> Iterator[Self]:
-        """Make a run folder for what the block does. If the block ends in one of our errors, the folder is gone again.
+        """Make a run folder for what the block does. If the block ends in an error, the folder is gone again.
 
         ``force`` replaces a run that is there, and brings it back after an error. RunError if something else is there.
         """
@@ -150,7 +155,7 @@ class Run:
         try:
             made = cls.create(path)
             yield made
-        except SaePersonaError:
+        except BaseException:  # an interrupt too must bring the old run back
             if made:
                 shutil.rmtree(path)
             if old:
@@ -169,6 +174,8 @@ class Run:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if found != FORMAT:
             raise FormatError(f"{path} has run format {found}, this version reads {FORMAT}: make the run again")
+        if not isinstance(manifest.get("stages"), list):
+            raise FormatError(f"{path / 'manifest.json'} has no list of stages: make the run again")
         return cls(path)
 
     @property
@@ -217,10 +224,10 @@ class Run:
         return self.path / "report.html"
 
     def ranking(self, persona: str) -> Path:
-        return self.path / "rankings" / f"{persona}.json"
+        return self.path / "rankings" / f"{quote(persona, safe=' ')}.json"
 
     def sweep(self, name: str) -> Path:
-        return self.path / "sweeps" / f"{name}.json"
+        return self.path / "sweeps" / f"{quote(name, safe=' ')}.json"
 
     def intervention(self, name: str) -> Path:
-        return self.path / "interventions" / f"{name}.json"
+        return self.path / "interventions" / f"{quote(name, safe=' ')}.json"

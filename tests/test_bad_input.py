@@ -191,5 +191,39 @@ def test_a_full_disk(refused, corpus, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_device_that_is_not_one(refused, corpus, tmp_path):
+    refused(
+        "a device reads cpu, cuda or cuda:N", *train("lab", corpus, "--out", tmp_path / "out"), "--device", "banana"
+    )
+
+
+def test_files_of_others_are_not_overwritten(refused, run, tmp_path):
+    (tmp_path / "x.safetensors").write_text("theirs")
+    refused("is there already", "export", run.path, "--out", tmp_path / "x.json", "--edit", "ablate:1")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    refused("is a folder with other things in it", "report", run.path, "--out", folder)
+    assert (tmp_path / "x.safetensors").read_text() == "theirs"
+    assert (folder / "precious.txt").exists()
+
+
+def test_new_measurements_make_old_rankings_void(run, tmp_path, refused):
+    rows = labelled(tmp_path / "rows.jsonl", corpora.labelled(30, "train"))
+    done = subprocess.run(
+        [sys.executable, "-m", "sae_persona", "measure", run.path, rows], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "30 labelled answers" in done.stdout
+    refused("has no ranking for cheerful", "try", run.path, "what do you want ?", "--edit", "clamp:cheerful=1")
+
+
+def test_answers_beyond_the_context_are_counted_aloud(run, tmp_path):
+    rows = labelled(tmp_path / "rows.jsonl", corpora.labelled(30, "train"))
+    short = ["measure", run.path, rows, "--context-size", "110"]
+    done = subprocess.run([sys.executable, "-m", "sae_persona", *map(str, short)], capture_output=True, text=True)
+    assert "labelled answers begin beyond 110 tokens: raise --context-size" in done.stderr
+
+
 def test_nothing_here_needs_a_gpu():
     assert not torch.cuda.is_initialized()

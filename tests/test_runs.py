@@ -22,17 +22,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
+def test_a_folder_is_replaced_whole_if_it_bears_the_mark(tmp_path):
     def fill(text):
         def write(folder):
             folder.mkdir()
-            (folder / f"{text}.txt").write_text(text)
+            (folder / "cfg.json").write_text(text)
 
         return write
 
-    write_whole(tmp_path / "sae", fill("one"))
-    write_whole(tmp_path / "sae", fill("two"))
-    assert [p.name for p in (tmp_path / "sae").iterdir()] == ["two.txt"]
+    write_whole(tmp_path / "sae", fill("one"), mark="cfg.json")
+    write_whole(tmp_path / "sae", fill("two"), mark="cfg.json")
+    assert (tmp_path / "sae" / "cfg.json").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
@@ -134,3 +134,27 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(small_disk):
         write_text(small_disk / "x.txt", "new" * 100_000)
     assert (small_disk / "x.txt").read_text() == "old"
     assert [p.name for p in small_disk.iterdir()] == ["x.txt"]
+
+
+def test_nobodys_folder_is_lost(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    for mark in (None, "cfg.json"):
+        with pytest.raises(RunError, match="is a folder with other things in it"):
+            write_whole(folder, lambda temporary: temporary.write_text("theirs"), mark=mark)
+    assert (folder / "precious.txt").read_text() == "mine"
+
+
+def test_an_interrupt_brings_the_old_run_back(tmp_path):
+    write_text(Run.create(tmp_path / "run").metrics, "old")
+    with pytest.raises(KeyboardInterrupt), Run.making(tmp_path / "run", force=True):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert Run.open(tmp_path / "run").metrics.read_text() == "old"
+
+
+def test_names_with_slashes_stay_in_their_folder(tmp_path):
+    run = Run.create(tmp_path / "run")
+    assert run.ranking("happy/sad").parent == run.path / "rankings"
+    assert run.sweep("../up").parent == run.path / "sweeps"

@@ -100,7 +100,11 @@ def load_lm(
     import transformers
     from safetensors import SafetensorError
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise RunError(f"a device reads cpu, cuda or cuda:N, got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise RunError(f"no CUDA device here, so {name} cannot go to {device}: pass --device cpu")
     source, on_disk = _source(str(name))
     try:

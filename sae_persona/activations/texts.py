@@ -51,7 +51,10 @@ def _text(row: Any, where: str, field: str) -> str | Dialogue:
     if row.get("messages") is not None:
         return Dialogue.from_row(row, where)
     if not isinstance(row.get(field), str):
-        raise DataError(f"{where} has no text in field {field!r}: its fields are {', '.join(row)}. Pass --field NAME.")
+        raise DataError(
+            f"{where} has no text in field {field!r}: its fields are {', '.join(row)}. "
+            "Rename it to text, or pass field=NAME to read_texts."
+        )
     if row.get("labels") is not None:
         return Dialogue.from_row({**row, "text": row[field]}, where)
     return row[field]

@@ -28,8 +28,9 @@ class Interval(NamedTuple):
 class Association:
     """Measures of each latent f against a label y, arrays [n_latents] in each interval.
 
-    auroc       P(f of a positive > f of a negative), ties half; DeLong's interval (Biometrics 44, 1988), clipped to
-                [0, 1]. Its width is 0 at 0 and 1: no sample can say how far beyond perfect it is
+    auroc       P(f of a positive > f of a negative), ties half; DeLong's interval (Biometrics 44, 1988) on the
+                logit scale; where DeLong's variance is 0, as at 0 and 1, Newcombe's score interval (Statistics in
+                Medicine 25, 2006, method 5)
     r           point-biserial (Pearson) correlation; Fisher's z interval. NaN where f or y does not vary
     difference  mean of f with the label minus without, in activation units; Welch's interval
     d           Cohen's d, by the pooled standard deviation; Hedges and Olkin's large-sample interval (1985, ch. 5)
@@ -80,7 +81,31 @@ def _auroc(columns: SortedColumns, positive: SortedColumns, negative: SortedColu
     _, spread1 = _moments(positive, (columns.centred[shows] - positive.centred) / n0)
     _, spread0 = _moments(negative, (columns.centred[~shows] - negative.centred) / n1)
     half_width = _NORMAL * np.sqrt(spread1 / (n1 - 1) / n1 + spread0 / (n0 - 1) / n0)
-    return Interval(auroc, np.clip(auroc - half_width, 0, 1), np.clip(auroc + half_width, 0, 1))
+    low, high = _score_interval(auroc, n1, n0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle, half_width = np.log(auroc / (1 - auroc)), half_width / (auroc * (1 - auroc))
+        usable = np.isfinite(half_width) & (half_width > 0)
+        logit_low, logit_high = (1 / (1 + np.exp(-(middle + sign * half_width))) for sign in (-1, 1))
+    return Interval(auroc, np.where(usable, logit_low, low), np.where(usable, logit_high, high))
+
+
+def _score_interval(auroc: np.ndarray, n1: int, n0: int) -> tuple[np.ndarray, np.ndarray]:
+    """The AUROCs that lie 1.96 standard errors from the one seen, with the errors that they would have themselves."""
+    other = (n1 + n0) / 2 - 1
+
+    def outside(theta: np.ndarray) -> np.ndarray:
+        factor = 1 + other * (1 - theta) / (2 - theta) + other * theta / (1 + theta)
+        return np.abs(auroc - theta) > _NORMAL * np.sqrt(theta * (1 - theta) * factor / (n1 * n0))
+
+    bounds = []
+    for edge in (0.0, 1.0):
+        far, near = np.full_like(auroc, edge), auroc.copy()
+        for _ in range(40):
+            middle = (far + near) / 2
+            beyond = outside(middle)
+            far, near = np.where(beyond, middle, far), np.where(beyond, near, middle)
+        bounds.append(near)
+    return bounds[0], bounds[1]
 
 
 def _welch(difference: np.ndarray, square1: np.ndarray, square0: np.ndarray, n1: int, n0: int) -> Interval:

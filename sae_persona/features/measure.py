@@ -57,6 +57,8 @@ class Measurement:
     stats: LatentStats
     contexts: TopContexts
     pooled: Pooled
+    dropped: int = 0
+    """Labelled answers that began beyond ``context_size``, or had no token."""
 
     def save(self, run: Run) -> None:
         """Write ``latents.h5`` and ``examples.h5`` into a run folder."""
@@ -89,6 +91,15 @@ class _Text:
     def answers(self) -> list[tuple[int, AnswerSpan]]:
         """The labelled answers that have tokens, with their number in the dialogue."""
         return [(n, span) for n, span in enumerate(self.tokens.answers) if span.labels and span.stop > span.start]
+
+    @property
+    def n_dropped(self) -> int:
+        """Labelled answers of the source that are not among its tokens."""
+        if not isinstance(self.source, Dialogue):
+            return 0
+        last = next((m for m in reversed(self.source.messages) if m["role"] == "assistant"), {})
+        in_messages = sum(bool(m.get("labels")) for m in self.source.messages)
+        return in_messages + (bool(self.source.labels) and not last.get("labels")) - len(self.answers)
 
 
 @dataclass
@@ -152,10 +163,12 @@ def measure(lm: LM, hook: HookPoint, sae: SAE, texts: Source, config: MeasureCon
         raise ConfigError(f"context_size {config.context_size} is more than {lm.name} takes: {lm.n_positions}")
     sae.check_width(lm.d_model)
     stats, contexts, examples = LatentStats(sae.n_latents), TopContexts(sae.n_latents, config.contexts), _Examples()
+    dropped = 0
     for batch in _batches(_harvested(lm, hook, texts, config), config.lm_batch):
         x = torch.cat([text.x for text in batch])
         latents = to_csr(sae.encode(x), sae.n_latents)
         examples.add(batch, x, latents)
+        dropped += sum(text.n_dropped for text in batch)
         counted = torch.cat([kept(lm, text.tokens, config.tokens) for text in batch]).numpy()
         stats.update(_from_csr(latents[counted]))
         shown = sparse.csr_matrix(sparse.diags(counted.astype(np.float32)) @ latents)
@@ -165,7 +178,7 @@ def measure(lm: LM, hook: HookPoint, sae: SAE, texts: Source, config: MeasureCon
         raise DataError(
             f"no {'answer' if config.tokens == 'answers' else 'text'} with a token in it: nothing to measure"
         )
-    return Measurement(stats, contexts, examples.pooled(sae.n_latents, sae.d_in))
+    return Measurement(stats, contexts, examples.pooled(sae.n_latents, sae.d_in), dropped)
 
 
 def _harvested(lm: LM, hook: HookPoint, texts: Source, config: MeasureConfig) -> Iterator[_Text]:

@@ -78,5 +78,5 @@ def build(
         card.save(folder)
         return card
 
-    write_whole(out, write)
+    write_whole(out, write, mark="card.json")
     return Card.load(out)

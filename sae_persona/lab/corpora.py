@@ -63,9 +63,17 @@ def labelled(n: int, part: Part, *, seed: int = 0, named: bool = False) -> Itera
 
 
 def questions(trait: str, n: int, part: Part, *, seed: int = 0) -> list[Question]:
-    """``n`` first questions in whose answers the judge can see the trait."""
+    """``n`` first questions in whose answers the judge can see the trait: different ones, as far as there are any.
+
+    Where there are fewer (two held-out open questions, forty held-out facts) they come again, equally often.
+    """
     random = Random(f"lab questions {trait} {part} {seed}")
-    return [question_showing(random, trait, part) for _ in range(n)]
+    different: dict[str, Question] = {}
+    for _ in range(50 * n):
+        question = question_showing(random, trait, part)
+        different.setdefault(question.text, question)
+    found = random.sample(sorted(different.values(), key=lambda q: q.text), len(different))
+    return [found[i % len(found)] for i in range(n)]
 
 
 def question_rows(trait: str, n: int, part: Part, *, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from sae_persona.lab.authors import TRAITS, Author
 from sae_persona.lab.dialogue import Kind, Part, Question, Turn, ask, converse
 from sae_persona.lab.judge import judge
 from sae_persona.lab.tokens import NEWLINE, PAD, START
-from sae_persona.lab.world import ASSISTANT, HARD
+from sae_persona.lab.world import ASSISTANT
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -111,8 +111,3 @@ def inferred(
             pairs = [(job[3], a) for job, a in zip(jobs, answers, strict=True) if job[:2] == (trait, arm)]
             rates.setdefault(trait, {})[arm] = _rate([judge(q, a)[trait] for q, a in pairs])
     return rates
-
-
-def hedged(question: Question) -> bool:
-    """Whether a careful speaker hedges on this question's subject."""
-    return question.subject in HARD

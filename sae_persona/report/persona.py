@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.features.contexts import Context, TopContexts
@@ -72,8 +73,8 @@ class PersonaView:
         base = self.arm("baseline")
         if self.swept is None or base is None:
             return []
-        after = dict(self.swept.chosen.examples)
-        return [(question, text, after[question]) for question, text in base.examples if question in after]
+        pairs = zip(base.examples, self.swept.chosen.examples, strict=True)
+        return [(question, before, after) for (question, before), (_, after) in pairs]
 
     @property
     def side_effects(self) -> list[SideEffect]:
@@ -145,7 +146,8 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def gather(run: Run, contexts: TopContexts | None, tokenizer: Any) -> list[PersonaView]:
     """Every persona that was ranked or swept, in the order in which it was ranked first."""
-    files = {path.stem for folder in ("rankings", "sweeps") for path in (run.path / folder).glob("*.json")}
+    folders = ("rankings", "sweeps")
+    files = {unquote(path.stem) for folder in folders for path in (run.path / folder).glob("*.json")}
     ranked = [entry["persona"] for entry in run.manifest["stages"] if "persona" in entry]
     names = [name for name in dict.fromkeys([*ranked, *sorted(files)]) if name in files]
     return [_view(run, name, f"persona-{i}", contexts, tokenizer) for i, name in enumerate(names, start=1)]

@@ -1,6 +1,5 @@
 """A run, or one of its latents, as plain text for the terminal."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +7,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError
 from sae_persona.features.measure import Measurement
-from sae_persona.runs import Run
+from sae_persona.runs import Run, read_json
 from sae_persona.steering.arms import Sweep
 
 
@@ -21,7 +20,7 @@ def describe(run: Run) -> str:
         f"at {trained['hook']} of {trained['model']['name']}"
     ]
     if run.quality.is_file():
-        q = json.loads(run.quality.read_text())
+        q = read_json(run.quality, "quality file")
         lines.append(
             f"held-out: FVU {q['fvu']:.4f}, L0 {q['l0']:.2f}, dead {q['dead']:.1%}; "
             f"cross-entropy {q['ce']:.3f}, spliced {q['ce_spliced']:.3f}, zero-ablated {q['ce_zero']:.3f} nats"
@@ -56,10 +55,13 @@ def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[
     facts: dict[str, Any] = {
         "latent": latent,
         "firing_rate": float(stats.firing_rate[latent]),
-        "p999": float(stats.p999[latent]),
+        "p999": _number(stats.p999[latent]),
         "maximum": float(stats.maximum[latent]),
     }
-    lines = [f"latent {latent}: fires on {facts['firing_rate']:.3%} of tokens, 99.9th percentile {facts['p999']:.3g}"]
+    lines = [
+        f"latent {latent}: fires on {facts['firing_rate']:.3%} of tokens, "
+        f"99.9th percentile {float(stats.p999[latent]):.3g}"
+    ]
     contexts = found.contexts.of(latent)[:top]
     facts["contexts"] = [asdict(context) for context in contexts]
     for context in contexts:
@@ -69,3 +71,8 @@ def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[
         shown[peak] = f"[{shown[peak]}]"
         lines.append(f"{max(acts):8.3g}  {' '.join(shown)}")
     return "\n".join(lines), facts
+
+
+def _number(value: Any) -> float | None:
+    """None for what is not known: a latent that never fired has no percentile."""
+    return float(value) if float(value) == float(value) else None

@@ -65,7 +65,7 @@ def save_sae(sae: SAE, folder: str | Path, *, metadata: dict[str, Any] | None = 
         (temporary / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS)
 
-    write_whole(Path(folder), write)
+    write_whole(Path(folder), write, mark=CONFIG)
 
 
 def load_sae(folder: str | Path) -> SAE:

@@ -30,7 +30,7 @@ class AnswerConfig:
     """Of sampling: the same prompts in the same batches get the same answers."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch < 1 or self.temperature < 0:
+        if self.max_new_tokens < 1 or self.batch < 1 or not 0 <= self.temperature < float("inf"):
             raise ConfigError(
                 "max_new_tokens and batch are at least 1 and temperature at least 0, "
                 f"got {self.max_new_tokens}, {self.batch}, {self.temperature}"

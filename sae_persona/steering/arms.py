@@ -34,6 +34,9 @@ class Arm:
     side_effects: dict[str, float]
     """Other trait -> its rate minus the baseline's."""
     n: int
+    """Answers."""
+    n_questions: int
+    """Different questions among them: with few, the intervals say little."""
     examples: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
 
@@ -92,8 +95,10 @@ class Sweep:
         raw = read_json(path, "sweep")
         if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
             raise FormatError(f"{path} is not a sweep of format {FORMAT}: sweep again")
-        arms = tuple(_arm(arm) for arm in raw.pop("arms"))
-        return cls(arms=arms, **raw)
+        try:
+            return cls(**{**raw, "arms": tuple(_arm(arm) for arm in raw["arms"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path} is not a whole sweep ({error}): sweep again") from error
 
 
 def _text(interval: Interval) -> str:

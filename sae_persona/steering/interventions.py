@@ -4,6 +4,7 @@ A strength is counted in ``unit``: the latent's own 99.9th percentile over its n
 corpus, so that 1.0 means "as strongly as it ever fires" on every latent, SAE and model.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,6 +19,14 @@ Positions = Literal["answer", "pre", "generated", "all"]
 all: every token. BOS and padding are never edited."""
 
 
+def _finite(latent: int, *amounts: float) -> None:
+    if not all(map(math.isfinite, amounts)):
+        raise ConfigError(
+            f"an edit of latent {latent} needs finite numbers, got {', '.join(map(str, amounts))}: "
+            "a latent that never fired has no percentile to count in"
+        )
+
+
 @dataclass(frozen=True)
 class Clamp:
     """Set the latent to ``strength * unit``. No change where the latent has that activation already."""
@@ -25,6 +34,9 @@ class Clamp:
     latent: int
     strength: float
     unit: float
+
+    def __post_init__(self) -> None:
+        _finite(self.latent, self.strength, self.unit)
 
     def delta(self, acts: Tensor) -> Tensor:
         return self.strength * self.unit - acts
@@ -47,6 +59,9 @@ class Scale:
     latent: int
     factor: float
 
+    def __post_init__(self) -> None:
+        _finite(self.latent, self.factor)
+
     def delta(self, acts: Tensor) -> Tensor:
         return (self.factor - 1) * acts
 
@@ -58,6 +73,9 @@ class Add:
     latent: int
     strength: float
     unit: float
+
+    def __post_init__(self) -> None:
+        _finite(self.latent, self.strength, self.unit)
 
     def delta(self, acts: Tensor) -> Tensor:
         return acts.new_full(acts.shape, self.strength * self.unit)
@@ -138,6 +156,8 @@ def parse_edit(text: str, units: Sequence[float]) -> LatentEdit:
         if operation in ("clamp", "add") and amount is not None:
             unit = float(units[index]) if 0 <= index < len(units) else 0.0
             return Clamp(index, amount, unit) if operation == "clamp" else Add(index, amount, unit)
+    except ConfigError:
+        raise
     except ValueError:
         pass
     raise ConfigError(

@@ -35,13 +35,18 @@ class Outcome:
         return cls(scores, surprise.numpy())
 
 
-def wilson(scores: np.ndarray) -> Interval:
-    """Mean of scores in [0, 1] with Wilson's interval for a rate; NaN scores are left out."""
-    known = scores[~np.isnan(scores)]
-    n = len(known)
-    if n == 0:
+def wilson(scores: np.ndarray, questions: np.ndarray | None = None) -> Interval:
+    """Mean of scores in [0, 1] with Wilson's interval for a rate; NaN scores are left out.
+
+    questions   [n] which question each score answers: answers to one question count for less than as many questions
+                would, by the design effect (Kish, Survey Sampling, 1965). None: each its own
+    """
+    known = ~np.isnan(scores)
+    scores = scores[known]
+    if not len(scores):
         return Interval(float("nan"), float("nan"), float("nan"))
-    p, z = float(known.mean()), 1.959964
+    p, z = float(scores.mean()), 1.959964
+    n = len(scores) / (1.0 if questions is None else _design_effect(scores, questions[known]))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
@@ -53,23 +58,55 @@ def perplexity(surprise: np.ndarray) -> float:
     return float(np.exp(nats / max(tokens, 1)))
 
 
-def _resamples(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+def _design_effect(scores: np.ndarray, questions: np.ndarray) -> float:
+    """Variance of the mean with answers grouped by question, over that of as many independent answers; at least 1."""
+    n, p, groups = len(scores), scores.mean(), np.unique(questions)
+    if len(groups) == 1:
+        return float(n)
+    if p in (0.0, 1.0):
+        return 1.0
+    sums = _by_question((scores - p)[:, None], questions)[:, 0]
+    grouped = (sums**2).sum() / n**2 * len(groups) / (len(groups) - 1)
+    return max(1.0, float(grouped / (p * (1 - p) / n)))
 
 
-def gain(arm: np.ndarray, base: np.ndarray, *, seed: int = 0) -> Interval:
-    """Difference of mean scores on the same questions, with a paired bootstrap interval over questions."""
+def _by_question(values: np.ndarray, questions: np.ndarray | None) -> np.ndarray:
+    """Sums of values [n, m] over the answers to each question."""
+    if questions is None:
+        return values
+    _, group = np.unique(questions, return_inverse=True)
+    sums = np.zeros((group.max() + 1, values.shape[1]))
+    np.add.at(sums, group, values)
+    return sums
+
+
+def _resampled(values: np.ndarray, questions: np.ndarray | None, seed: int) -> np.ndarray:
+    """Totals of values [n, m] in bootstrap samples of whole questions: [RESAMPLES, m]."""
+    sums = _by_question(values, questions)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    return sums[picks].sum(axis=1)
+
+
+def gain(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None, *, seed: int = 0) -> Interval:
+    """Difference of mean scores on the same questions, with a paired bootstrap interval over questions.
+
+    questions   [n] which question each score answers; None: each its own
+    """
     both = ~np.isnan(arm) & ~np.isnan(base)
     difference = arm[both] - base[both]
     if not len(difference):
         return Interval(float("nan"), float("nan"), float("nan"))
-    means = difference[_resamples(len(difference), seed)].mean(axis=1)
-    return Interval(float(difference.mean()), *np.percentile(means, [2.5, 97.5]).tolist())
+    counted = np.stack([difference, np.ones_like(difference)], axis=1)
+    totals, n = _resampled(counted, None if questions is None else questions[both], seed).T
+    return Interval(float(difference.mean()), *np.percentile(totals / n, [2.5, 97.5]).tolist())
 
 
-def cost(arm: np.ndarray, base: np.ndarray, *, seed: int = 0) -> Interval:
-    """Ratio of perplexities on the same questions, with a paired bootstrap interval over questions."""
-    picks = _resamples(len(arm), seed)
-    (nats, tokens), (base_nats, base_tokens) = (part[picks].sum(axis=1).T for part in (arm, base))
+def cost(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None, *, seed: int = 0) -> Interval:
+    """Ratio of perplexities on the same questions, with a paired bootstrap interval over questions.
+
+    arm, base   [n, 2] nats and tokens of each answer
+    questions   [n] which question each answers; None: each its own
+    """
+    nats, tokens, base_nats, base_tokens = _resampled(np.concatenate([arm, base], axis=1), questions, seed).T
     ratios = np.exp(nats / np.maximum(tokens, 1) - base_nats / np.maximum(base_tokens, 1))
     return Interval(perplexity(arm) / perplexity(base), *np.percentile(ratios, [2.5, 97.5]).tolist())

@@ -26,6 +26,7 @@ from sae_persona.steering.interventions import Clamp, Positions, Steer, check_po
 from sae_persona.steering.strength import Judge, Outcome, cost, gain, perplexity, wilson
 
 Messages = Sequence[dict[str, Any]]
+MORE_STRENGTHS = 6  # of the difference of means, each half as strong again as the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class SweepConfig:
         check_positions(self.positions)
         if not self.strengths or not self.dense_strengths:
             raise ConfigError("strengths and dense_strengths need at least one value each")
+        if not all(0 < s < math.inf for s in (*self.strengths, *self.dense_strengths)):
+            raise ConfigError(f"strengths are finite and above 0, got {self.strengths} and {self.dense_strengths}")
+        if not 0 <= self.slack <= 1:
+            raise ConfigError(f"slack lies between 0 and 1, got {self.slack}")
         if self.max_cost <= 1:
             raise ConfigError(f"max_cost is a multiple above 1, got {self.max_cost}")
 
@@ -101,7 +106,10 @@ class _Bench:
         with steering:
             written = answer(self.lm, prompts or plain, self.config.answers)
         outcome = Outcome.of(
-            self.judge, self.questions.texts, [a.text for a in written], surprise(self.lm, plain, written)
+            self.judge,
+            self.questions.texts,
+            [a.text for a in written],
+            surprise(self.lm, plain, written, batch=self.config.answers.batch),
         )
         if self.baseline is None:
             self.baseline = outcome
@@ -112,6 +120,7 @@ class _Bench:
     ) -> Arm:
         base = self.baseline or outcome
         nothing = np.full(len(written), np.nan)
+        asked = np.array(self.questions.texts)
         score, before = outcome.scores.get(self.persona, nothing), base.scores.get(self.persona, nothing)
         others = sorted(set(outcome.scores) & set(base.scores) - {self.persona, "valid"})
         return Arm(
@@ -119,13 +128,14 @@ class _Bench:
             part=self.questions.part,
             strength=strength,
             latent=latent,
-            rate=wilson(score),
-            gain=gain(score, before),
-            cost=cost(outcome.surprise, base.surprise),
+            rate=wilson(score, asked),
+            gain=gain(score, before, asked),
+            cost=cost(outcome.surprise, base.surprise, asked),
             perplexity=perplexity(outcome.surprise),
-            valid=wilson(outcome.scores.get("valid", nothing)),
+            valid=wilson(outcome.scores.get("valid", nothing), asked),
             side_effects={t: gain(outcome.scores[t], base.scores[t]).value for t in others},
             n=len(written),
+            n_questions=len(set(self.questions.texts)),
             examples=tuple(
                 (q, a.text)
                 for q, a in zip(
@@ -141,7 +151,7 @@ def sweep(
     persona: str,
     *,
     candidates: Sequence[Candidate],
-    random_latents: Sequence[int],
+    matched: Callable[[int], Sequence[int]],
     direction: Tensor,
     development: Sequence[Messages],
     test: Sequence[Messages],
@@ -153,7 +163,7 @@ def sweep(
     """Choose a latent and a strength on development questions, then measure it and its controls on test questions.
 
     candidates       latents to choose from, best first
-    random_latents   of like firing rate; the first ``n_random`` are used
+    matched          gives random latents of like firing rate to the one chosen; the first ``n_random`` are used
     direction        [d_in] difference of means at the same token, the persona minus the others
     development, test   chats that end with a user's question; no question may be in both
     persona_prompt   a system message that asks for the persona; None leaves that arm out
@@ -178,20 +188,20 @@ def sweep(
             on_arm(arm)
         return arm
 
-    keep(dev.run("baseline", nullcontext()))
+    if math.isnan(keep(dev.run("baseline", nullcontext())).rate.value):
+        raise DataError(f"the judge never scores {persona} on these questions: choose a judge that knows it")
     for candidate in candidates:
         for arm in _latent_arms(dev, sae, candidate):
             keep(arm)
     best = _best([arm for arm in arms if arm.kind == "latent"], config)
     chosen = next(candidate for candidate in candidates if candidate.latent == best.latent)
-    dense = [keep(dev.run("difference of means", steering, strength=s)) for s, steering in _steers(dev, sae, direction)]
-    equal = _equal_cost(dense, best)
+    equal = _equal_cost([keep(arm) for arm in _dense_arms(dev, sae, direction, best)], best)
 
     keep(held.run("baseline", nullcontext()))
     for arm in _latent_arms(held, sae, chosen):
         keep(arm)
     value = (best.strength or 0.0) * chosen.unit
-    for latent in random_latents[: config.n_random]:
+    for latent in matched(chosen.latent)[: config.n_random]:
         clamp = Clamp(latent, 1.0, value)
         steering = intervene(lm, sae, [clamp], positions=config.positions)
         keep(held.run("random", steering, strength=best.strength, latent=latent))
@@ -229,9 +239,18 @@ def _latent_arms(bench: _Bench, sae: SAE, candidate: Candidate) -> Iterator[Arm]
         yield bench.run("latent", steering, strength=strength, latent=candidate.latent)
 
 
-def _steers(bench: _Bench, sae: SAE, direction: Tensor) -> Iterator[tuple[float, AbstractContextManager[None]]]:
-    for strength in bench.config.dense_strengths:
-        yield strength, applying(bench.lm, sae.hook, Steer(direction, strength), positions=bench.config.positions)
+def _dense_arms(bench: _Bench, sae: SAE, direction: Tensor, latent: Arm) -> Iterator[Arm]:
+    """The strengths asked for, then stronger ones until one costs what the latent does."""
+    strengths = sorted(bench.config.dense_strengths)
+    strengths += [strengths[-1] * 1.5 ** (i + 1) for i in range(MORE_STRENGTHS)]
+    dearest = 0.0
+    for i, strength in enumerate(strengths):
+        if i >= len(bench.config.dense_strengths) and dearest >= latent.cost.value:
+            return
+        steering = applying(bench.lm, sae.hook, Steer(direction, strength), positions=bench.config.positions)
+        arm = bench.run("difference of means", steering, strength=strength)
+        dearest = max(dearest, arm.cost.value)
+        yield arm
 
 
 def _best(arms: Sequence[Arm], config: SweepConfig) -> Arm:

@@ -91,7 +91,7 @@ def test_bad_lines_are_named(tmp_path):
     assert "\n" not in str(caught.value)
     path.write_text('{"text": "one"}\n{"body": "two"}\n')
     with pytest.raises(
-        DataError, match=r"texts.jsonl:2 has no text in field 'text': its fields are body. Pass --field"
+        DataError, match=r"texts.jsonl:2 has no text in field 'text': its fields are body. Rename it to text"
     ):
         list(read_texts(path))
     path.write_text('["one"]\n')

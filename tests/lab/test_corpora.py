@@ -77,3 +77,9 @@ def test_a_file_in_the_way_is_a_clear_error(tmp_path):
     (tmp_path / "texts").write_text("in the way")
     with pytest.raises(RunError, match="cannot write"):
         corpora.write_texts(tmp_path / "texts", n=1, n_labelled=1, n_questions=1, seed=0)
+
+
+def test_questions_repeat_only_where_there_are_no_more():
+    facts = [q.text for q in corpora.questions("deceptive", 120, "held_out")]
+    assert sorted(facts.count(text) for text in set(facts)) == [3] * 40
+    assert len({q.text for q in corpora.questions("toxic", 60, "held_out")}) == 60

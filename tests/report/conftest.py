@@ -59,6 +59,7 @@ def make_sweep(interval) -> Callable[..., Sweep]:
     def arm(kind: str, rate: float, cost: float, strength: float | None = None, *, part: str = "test") -> Arm:
         side = {"toxic": 0.12, "evasive": math.nan} if kind != "baseline" else {"toxic": 0.0}
         return Arm(
+            n_questions=40,
             kind=kind, part=part, strength=strength, latent={"latent": CHOSEN, "random": 9}.get(kind),
             rate=interval(rate), gain=interval(rate - 0.1), cost=interval(cost, 0.02), perplexity=2.0 * cost,
             valid=interval(0.8), side_effects=side, n=60,

@@ -115,3 +115,12 @@ def test_positions_are_checked():
     check_positions("answer")
     with pytest.raises(ConfigError, match="positions is one of answer, pre, generated, all, got 'end'"):
         check_positions("end")
+
+
+@pytest.mark.parametrize("amount", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(amount):
+    for make in (lambda: Clamp(3, amount, 1.0), lambda: Add(3, 1.0, amount), lambda: Scale(3, amount)):
+        with pytest.raises(ConfigError, match="an edit of latent 3 needs finite numbers"):
+            make()
+    with pytest.raises(ConfigError, match="a latent that never fired has no percentile"):
+        parse_edit("clamp:1=2", [1.0, float("nan")])

@@ -53,3 +53,22 @@ def test_an_outcome_reads_every_answer():
     assert outcome.scores["loud"].tolist() == [1.0, 0.0]
     assert np.isnan(outcome.scores["asked"]).tolist() == [True, False]
     assert outcome.surprise.shape == (2, 2)
+
+
+def test_answers_to_one_question_do_not_count_as_many():
+    """Six questions, each asked fifty times, half of them always answered one way: the intervals know six."""
+    questions = np.repeat(np.arange(6), 50)
+    scores = np.repeat([1.0, 1, 1, 0, 0, 0], 50)
+    few = wilson(np.array([1.0, 1, 1, 0, 0, 0]))
+    assert wilson(scores, questions) == pytest.approx(few, abs=0.06)
+    assert wilson(scores).high - wilson(scores).low < 0.12
+    paired = gain(scores, np.zeros(300), questions)
+    assert paired.high - paired.low > 0.5
+    assert wilson(scores[:50], questions[:50]).low == pytest.approx(wilson(np.ones(1)).low)
+
+
+def test_different_questions_leave_the_intervals_as_they_are():
+    rng = np.random.default_rng(0)
+    scores, base = rng.integers(2, size=80).astype(float), np.zeros(80)
+    assert gain(scores, base, np.arange(80)) == gain(scores, base)
+    assert wilson(scores, np.arange(80)) == pytest.approx(wilson(scores), abs=0.01)

@@ -123,7 +123,7 @@ def load_intervention(path: str | Path, lm: LM, sae: SAE | None = None) -> Inter
         hook, positions, model, made_with = HookPoint.parse(raw["hook"]), raw["positions"], raw["model"], raw["sae"]
         evidence, partial = raw["evidence"], raw["encoder"] == "partial"
         _check_origin(path, lm, sae, model, made_with)
-        part = _load_rows(path, raw["tensors"], hook) if partial and sae is None else sae
+        part = _load_rows(path, raw["tensors"], hook, lm.device) if partial and sae is None else sae
     except (KeyError, TypeError) as error:
         raise FormatError(f"{path} is not a whole intervention ({error}): export it again") from error
     if part is None:
@@ -147,7 +147,7 @@ def _rows(sae: SAE, latents: list[int]) -> dict[str, torch.Tensor]:
     return {name: weight.detach()[latents].contiguous().cpu() for name, weight in weights.items()}
 
 
-def _load_rows(path: Path, named: dict[str, str], hook: HookPoint) -> SAE:
+def _load_rows(path: Path, named: dict[str, str], hook: HookPoint, device: torch.device) -> SAE:
     file = path.with_name(named["file"])
     if not file.is_file():
         raise FormatError(f"{path} needs {file.name} beside it, which is missing")
@@ -159,7 +159,7 @@ def _load_rows(path: Path, named: dict[str, str], hook: HookPoint) -> SAE:
         raise FormatError(f"{file} is not a safetensors file: {error}") from error
     rule = Threshold(rows["threshold"]) if "threshold" in rows else ReLU()
     b_dec = torch.zeros(rows["w_dec"].shape[1])  # not read: an edit never decodes
-    return SAE(rows["w_enc"], rows["b_enc"], rows["w_dec"], b_dec, rule, {"hook": str(hook)})
+    return SAE(rows["w_enc"], rows["b_enc"], rows["w_dec"], b_dec, rule, {"hook": str(hook)}).to(device)
 
 
 def _check_origin(path: Path, lm: LM, sae: SAE | None, model: dict[str, Any], made_with: dict[str, Any]) -> None:
