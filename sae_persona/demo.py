@@ -37,7 +37,7 @@ from sae_persona.types import HookPoint
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo; the defaults take about two minutes on two CPU cores."""
+    """Sizes of the demo; the defaults take two to three minutes on two CPU cores."""
 
     hook: HookPoint = HookPoint(3)
     """Where the SAE reads."""
