@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM, load_lm
@@ -153,12 +152,19 @@ def candidates(ranking: Ranking, n: int, latent: int | None = None) -> list[Cand
     return [Candidate(latent=row.latent, unit=row.p999) for row in rows]
 
 
-def matched_latents(values: sparse.csr_matrix, taken: Iterable[int], latent: int, n: int, *, seed: int) -> list[int]:
+def rates_at(found: Measurement, positions: Positions) -> np.ndarray:
+    """How often each latent fires on the tokens that a clamp would edit: [n_latents]."""
+    if positions != "pre":
+        return found.stats.firing_rate.numpy()
+    values = found.pooled.pools["pre"]
+    return values.getnnz(axis=0) / max(1, len(found.pooled.ids))
+
+
+def matched_latents(rates: np.ndarray, taken: Iterable[int], latent: int, n: int, *, seed: int) -> list[int]:
     """``n`` random latents out of the 4 n that are nearest to ``latent`` in firing rate, without those ``taken``.
 
-    values   [examples, n_latents] where the clamp will act: latents that fire elsewhere only would be easy controls
+    rates   [n_latents] where the clamp will act: latents that fire elsewhere only would be easy controls
     """
-    rates = values.getnnz(axis=0) / max(1, len(values.indptr) - 1)
     free = np.flatnonzero((rates > 0) & ~np.isin(np.arange(len(rates)), list(taken)))
     distance = np.abs(np.log(rates[free]) - np.log(rates[latent]))
     nearest = free[np.argsort(distance, kind="stable")[: 4 * n]]
@@ -216,8 +222,8 @@ def _random_latents(
 ) -> list[int]:
     """Controls that fire as often as ``latent`` and do not tell the persona themselves (p max-T above 5 %)."""
     taken = {row.latent for row in ranking if row.p_max_t <= 0.05} | {candidate.latent for candidate in chosen}
-    values = found.pooled.pools[ranking.config["pool"]]
-    return matched_latents(values, taken, latent, config.n_random, seed=config.answers.seed)
+    rates = rates_at(found, config.positions)
+    return matched_latents(rates, taken, latent, config.n_random, seed=config.answers.seed)
 
 
 def export_stage(

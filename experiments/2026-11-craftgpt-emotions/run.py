@@ -40,6 +40,7 @@ from sae_persona.pipeline import (
     open_ranking,
     open_sae,
     rank_stage,
+    rates_at,
     sweep_stage,
     train_stage,
 )
@@ -208,7 +209,8 @@ def control(path: Path, chats: list[Any], settings: Settings, persona: str) -> d
         arms[f"difference of means, {pool}"] = {"strength": round(strength, 3), **held.facts(outcome, persona)}
     arms["told in the question"] = held.facts(held.outcome(nullcontext(), told(lm, chats, persona)), persona)
     tried = {row.latent for row in candidates(open_ranking(run, persona), settings.n_candidates)}
-    randoms = matched_latents(found, tried, clamp.latent, settings.n_random, seed=0)
+    rates = rates_at(found, settings.positions)
+    randoms = matched_latents(rates, tried, clamp.latent, settings.n_random, seed=0)
     others = {latent: partial(clamping, latent) for latent in randoms}
     random = against_random(held, persona, chosen, others, start=clamp.strength * clamp.unit)
     return {"baseline": base, "arms": arms, "random": random}
