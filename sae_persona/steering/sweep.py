@@ -229,7 +229,10 @@ def _questions(lm: LM, part: str, chats: Sequence[Messages], persona_prompt: str
     asked = None
     if persona_prompt is not None:
         asked = [prompt_tokens(lm, [{"role": "system", "content": persona_prompt}, *chat]) for chat in chats]
-    return _Questions(part, [chat[-1]["content"] for chat in chats], [prompt_tokens(lm, c) for c in chats], asked)
+    plain = [prompt_tokens(lm, chat) for chat in chats]
+    if asked == plain:
+        raise DataError(f"the chat template of {lm.name} drops system messages: leave the persona prompt out")
+    return _Questions(part, [chat[-1]["content"] for chat in chats], plain, asked)
 
 
 def _latent_arms(bench: _Bench, sae: SAE, candidate: Candidate) -> Iterator[Arm]:

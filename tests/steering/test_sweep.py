@@ -1,9 +1,11 @@
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.lab import corpora
 from sae_persona.lab.judge import judge
@@ -135,6 +137,13 @@ def test_equal_cost_interpolates_between_the_strengths_tried(swept):
     assert _equal_cost(dense, beyond) == 1.0
 
 
+def mute(lm):
+    """The same model with a chat template that drops system messages."""
+    tokenizer = copy.copy(lm.tokenizer)
+    tokenizer.chat_template = "<s>{% for m in messages if m.role == 'user' %} user : {{ m.content }}{% endfor %} bot :"
+    return LM(lm.model, tokenizer, lm.blocks, lm.blocks_path, lm.name)
+
+
 def test_what_cannot_be_swept_is_refused(lm, planted, direction):
     given = {
         "candidates": [Candidate(latent=1, unit=1.0)],
@@ -152,6 +161,8 @@ def test_what_cannot_be_swept_is_refused(lm, planted, direction):
     ):
         with pytest.raises(error, match=message):
             sweep(lm, planted, "formal", **{**given, **changed})
+    with pytest.raises(DataError, match="the chat template of lab drops system messages"):
+        sweep(mute(lm), planted, "formal", persona_prompt="bot is a formal clerk .", **given)
     with pytest.raises(DataError, match="the judge never scores pirate"):
         sweep(lm, planted, "pirate", **given)
     for bad, message in (
