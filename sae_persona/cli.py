@@ -71,7 +71,10 @@ def show_result(text: object, value: Any, as_json: bool) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("runs/demo"),
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default one, which is the fastest here.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads; by default one. Two are faster on an idle machine, far slower on a busy one."),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Run the main job on the planted lab: train, measure, rank, clamp, export, report. Minutes on two CPU cores."""

@@ -58,7 +58,7 @@ class DemoConfig:
     training: TrainConfig = TrainConfig(n_latents=512, k=8, lr=2e-3, steps=1600, k_aux=32, seed=0)
     """Of the SAE."""
     threads: int = 1
-    """CPU threads: on so small a model more of them mostly wait for each other, all the more on a busy machine."""
+    """CPU threads: on so small a model two gain a quarter on an idle machine, and wait for each other on a busy one."""
     traits: tuple[str, ...] = TRAITS
     """Personas that are ranked and clamped."""
 
