@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from random import Random
 
 import pytest
 
@@ -114,12 +115,18 @@ def test_a_dry_run_makes_nothing(call, texts, tmp_path):
     assert not out.exists()
 
 
-def test_the_answer_can_be_no(call, run):
-    """Labels without meaning: nothing to find, and the exit status says so."""
-    code, _, err = call("rank", run.path, "cheerful", "--pool", "mean", "--within", "author", "--min-rate", "0.9")
-    assert code in (0, 1, 2)
-    if code == 1:
-        assert "no latent tells cheerful better than chance" in err
+def test_the_answer_can_be_no(call, run, tmp_path):
+    """Labels thrown like a coin: nothing to find, and the exit status says so."""
+    coin = Random(0)
+    rows = [
+        row | {"labels": {"coin": coin.randrange(2)}} for part in corpora.SPLITS for row in corpora.labelled(60, part)
+    ]
+    path = tmp_path / "coin.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call("measure", run.path, path)[0] == 0
+    code, shown, err = call("rank", run.path, "coin")
+    assert code == 1, shown
+    assert "no latent tells coin better than chance at 5 % (max-T)" in err
 
 
 def test_lab_commands(call, tmp_path):
