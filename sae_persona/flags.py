@@ -24,6 +24,11 @@ def count(text: str) -> int:
     return int(value)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Read whole numbers with commas between them, such as 64,1k."""
+    return tuple(count(part.strip()) for part in str(text).strip("()").split(",") if part.strip())
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Read numbers with commas between them."""
     try:
@@ -35,6 +40,9 @@ def numbers(text: str) -> tuple[float, ...]:
 def words(text: str) -> tuple[str, ...]:
     """Read words with commas between them."""
     return tuple(part.strip(" '") for part in str(text).strip("()").split(",") if part.strip(" '"))
+
+
+TUPLES: dict[type, Callable[[str], tuple]] = {int: counts, float: numbers}  # words for any other
 
 
 def field_help(config: type) -> dict[str, str]:
@@ -93,7 +101,7 @@ def _parameter(field: Field, hint: Any, text: str) -> inspect.Parameter:
     if kind is int:
         option |= {"parser": count, "metavar": "N"}
     elif get_origin(kind) is tuple:
-        parser = numbers if get_args(kind)[0] is float else words
+        parser = TUPLES.get(get_args(kind)[0], words)
         option |= {"parser": parser, "metavar": "A,B,..."}
         default = ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in default)
         kind = str

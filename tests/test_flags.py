@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sae_persona.flags import count, field_help, numbers, with_flags, words
+from sae_persona.flags import count, counts, field_help, numbers, with_flags, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class Config:
     """At which."""
     stop: tuple[str, ...] = ()
     """Where."""
+    sizes: tuple[int, ...] = (4, 8)
+    """How large."""
     inner: list = field(default_factory=list)
 
 
@@ -60,12 +62,14 @@ def test_flags_reach_every_config_that_has_the_field():
         "1,2.5",
         "--stop",
         "one,two",
+        "--sizes",
+        "64,1k,2M",
         "--seed",
         "3",
         "--loud",
     ]
     _, got = invoke("x", *flags)
-    wanted = Config(n=2000, lr=0.1, rule="b", steps=(1.0, 2.5), stop=("one", "two"))
+    wanted = Config(n=2000, lr=0.1, rule="b", steps=(1.0, 2.5), stop=("one", "two"), sizes=(64, 1000, 2_000_000))
     assert got == [("x", wanted, Other(n=2000, seed=3), True)]
 
 
@@ -88,5 +92,8 @@ def test_other_numbers_are_refused(text):
 def test_lists_are_split_at_commas():
     assert numbers("0.5, 1") == (0.5, 1.0)
     assert words("a, b") == ("a", "b")
+    assert counts("64, 1.5k") == (64, 1500) and counts("") == ()
+    with pytest.raises(typer.BadParameter, match=r"a whole number, such as 64, 64k or 200M, got '1\.5'"):
+        counts("64,1.5")
     with pytest.raises(typer.BadParameter, match="numbers with commas"):
         numbers("a")

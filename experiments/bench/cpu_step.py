@@ -3,7 +3,7 @@
     python -m experiments.bench.cpu_step [--rounds 15] [--threads 2] [--d-in 512] [--n-latents 8192] [--k 32]
         [--batch 1024]
 
-Ours is `Step.__call__`, with the count of dead latents, projection and renormalisation. Theirs is
+Ours is `PlainStep.__call__`, with the count of dead latents, projection and renormalisation. Theirs is
 `TopKTrainingSAE.training_forward_pass`, backward, gradient clipping and Adam, as in `SAETrainer._train_step`; its
 firing statistics are left out, in its favour. No latent is dead, so neither has an AuxK loss. First both must compute
 the same loss and the same gradients. Appends one row to results.csv.
@@ -24,15 +24,16 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
+from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.sparsity import TopK
-from sae_persona.sae.step import Step, Weights
+from sae_persona.sae.step import Weights
 
 RESULTS = Path(__file__).with_name("results.csv")
 LR = 1e-4
 
 
-def ours(weights: Weights, k: int) -> Step:
-    return Step(Weights(*(w.clone() for w in weights)), TopK(k), k_aux=None, auxk_coef=1 / 32, dead_after=10**9)
+def ours(weights: Weights, k: int) -> PlainStep:
+    return PlainStep(Weights(*(w.clone() for w in weights)), TopK(k), k_aux=None, auxk_coef=1 / 32, dead_after=10**9)
 
 
 def saelens(weights: Weights, k: int) -> tuple[TopKTrainingSAE, Callable[[Tensor], float]]:

@@ -2,7 +2,7 @@
 
 Each rule has ``select(pre_acts [n, n_latents]) -> SparseLatents`` and says in ``local`` whether a latent's activation
 follows from its own pre-activation alone. Local rules also have ``gate(pre_acts [..., m], idx [m])``: the activations
-of chosen latents, zeros included.
+of chosen latents, zeros included. BatchTopK and JumpReLU are for training only; both end as a Threshold.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,6 +55,59 @@ class BatchTopK:
         return SparseLatents(values[values > 0][order], flat % n_latents, offsets)
 
 
+@dataclass(frozen=True)
+class Jumped:
+    """Entries that a rule chose for a training step.
+
+    near   None or [nnz] bool    JumpReLU: close to the threshold. Those that are near and do not fire have act 0
+    """
+
+    latents: SparseLatents
+    near: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """Keep what is strictly above the latent's threshold [n_latents], which is trained and never below 0.
+
+    For training only; the step holds the thresholds. With L0 the mean count of firing latents a token, and entries
+    near where |pre_act - threshold| < bandwidth / 2:
+
+        loss += coef * (L0 / k - 1)^2
+        d_threshold = sum over the near entries of -(threshold * d_act + d_count) / bandwidth
+        d_count = 2 coef (L0 / k - 1) / (k n)
+
+    Straight-through estimates with a rectangle window: Rajamanoharan et al., 2024 (2407.14435). The penalty on a target
+    L0 is dictionary_learning's. Thresholds are trained, not their logarithms, which hardly moved under Adam
+    (SAELens#494).
+
+    k          mean latents a token that are aimed at
+    bandwidth  in units of pre-activations
+    coef       in units of the squared error a token
+    """
+
+    k: int
+    bandwidth: float
+    coef: float
+
+    def select(self, pre_acts: Tensor, threshold: Tensor) -> Jumped:
+        """What fires or is near."""
+        latents = _where(pre_acts, pre_acts > threshold - self.bandwidth / 2)
+        above = latents.acts - threshold[latents.idx]
+        acts = latents.acts * (above > 0)
+        return Jumped(SparseLatents(acts, latents.idx, latents.offsets), above.abs() < self.bandwidth / 2)
+
+    def loss(self, l0: Tensor) -> Tensor:
+        """The weighted sparsity loss of a batch in which ``l0`` latents a token fire on average."""
+        return self.coef * (l0 / self.k - 1).square()
+
+    def slopes(self, chosen: Jumped, d_acts: Tensor, threshold: Tensor, l0: Tensor) -> Tensor:
+        """Each entry's term of d_threshold: [nnz]. ``d_acts`` [nnz] are those of all entries, firing or not."""
+        assert chosen.near is not None, "select says what is near"
+        d_count = 2 * self.coef * (l0 / self.k - 1) / (self.k * chosen.latents.n)
+        return -(threshold[chosen.latents.idx] * d_acts + d_count) * chosen.near / self.bandwidth
+
+
 @dataclass(frozen=True, eq=False)
 class Threshold:
     """Keep what is positive and strictly above the latent's threshold [n_latents]: JumpReLU (2407.14435)."""
@@ -83,6 +136,7 @@ class ReLU:
 
 
 Rule = TopK | Threshold | ReLU
+TrainingRule = TopK | BatchTopK | JumpReLU
 
 
 def _where(pre_acts: Tensor, kept: Tensor) -> SparseLatents:

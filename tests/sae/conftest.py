@@ -36,7 +36,13 @@ def planted() -> Planted:
     return Planted(atoms, batches[:50], batches[50:])
 
 
-@pytest.fixture(scope="session", params=["topk", "batch_topk"])
+@pytest.fixture(scope="session")
+def planted_config() -> TrainConfig:
+    """How SAEs are trained on the planted activations."""
+    return CONFIG
+
+
+@pytest.fixture(scope="session", params=["topk", "batch_topk", "jumprelu"])
 def trained(request: pytest.FixtureRequest, planted: Planted) -> SAE:
     config = TrainConfig(**{**CONFIG.__dict__, "rule": request.param})
     return train(planted.batches, config, progress=False)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_persona.sae.sparsity import BatchTopK, ReLU, Threshold, TopK, calibrate, cat
+from sae_persona.sae.sparsity import BatchTopK, JumpReLU, ReLU, Threshold, TopK, calibrate, cat
 
 
 def pre_acts(n=9, n_latents=640):
@@ -37,6 +37,18 @@ def test_batch_topk_keeps_no_negative_value():
 def test_threshold_is_strict_and_never_lets_a_negative_value_through():
     pre = torch.tensor([[0.5, 0.6, -0.1]])
     assert Threshold(torch.tensor([0.5, 0.5, -1.0])).select(pre).dense(3).tolist() == [[0.0, pre[0, 1].item(), 0.0]]
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 3.0])  # 3: near reaches below 0
+def test_jumprelu_gives_what_fires_and_what_is_near(bandwidth):
+    pre, threshold = pre_acts(), torch.linspace(0, 2, 640)
+    chosen = JumpReLU(3, bandwidth, 1.0).select(pre, threshold)
+    latents, window = chosen.latents, (pre - threshold).abs() < bandwidth / 2
+    assert torch.equal(latents.dense(640), Threshold(threshold).select(pre).dense(640))
+    near = torch.zeros_like(window)
+    near[latents.token[chosen.near], latents.idx[chosen.near]] = True
+    assert torch.equal(near, window)
+    assert len(latents.idx) == (window | (pre > threshold)).sum() > chosen.near.sum()
 
 
 @pytest.mark.parametrize("rule", [ReLU(), Threshold(torch.linspace(-1, 2, 640))], ids=["relu", "threshold"])

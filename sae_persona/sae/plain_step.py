@@ -1,0 +1,184 @@
+"""One training step in plain torch, on any device: the CPU's, and the reference of the kernels. Formulas: `step.py`."""
+
+from itertools import accumulate, pairwise
+
+import torch
+from sae_kernels import ops
+from torch import Tensor
+
+from sae_persona.sae.loss import auxk_loss
+from sae_persona.sae.sparsity import Jumped, JumpReLU, TrainingRule
+from sae_persona.sae.step import Seen, Weights, threshold_lr
+from sae_persona.types import SparseLatents
+
+
+class PlainStep:
+    """The trained weights, their optimiser and the count of tokens since each latent fired.
+
+    weights     changed in place; the rows of w_dec have unit norm before and after each call
+    threshold   [n_latents], JumpReLU's, changed in place and never below 0; None for the other rules
+    prefixes    rising sizes of nested dictionaries, the last n_latents; empty: only the whole
+    k_aux       dead latents a token in the AuxK loss, which weighs less while fewer are dead. None: d_in // 2
+    dead_after  tokens without firing after which a latent is dead
+    clip        norm that all gradients together are cut to; None: not cut
+    mean        [d_in], taken from each batch; None: nothing is
+    scale       what the rest of it is multiplied by
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        rule: TrainingRule,
+        *,
+        threshold: Tensor | None = None,
+        prefixes: tuple[int, ...] = (),
+        k_aux: int | None,
+        auxk_coef: float,
+        dead_after: int,
+        clip: float | None = None,
+        mean: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        n_latents, d_in = weights.w_enc.shape
+        assert isinstance(rule, JumpReLU) == (threshold is not None), "thresholds are trained by JumpReLU alone"
+        assert not prefixes or prefixes[-1] == n_latents, f"the last of {prefixes} must be all {n_latents} latents"
+        self.weights, self.rule, self.threshold = weights, rule, threshold
+        self.groups = list(pairwise((0, *(prefixes or (n_latents,)))))
+        self.k_aux = d_in // 2 if k_aux is None else k_aux
+        self.auxk_coef, self.dead_after, self.clip = auxk_coef, dead_after, clip
+        self.mean, self.scale = mean, scale
+        self.silent = torch.zeros(n_latents, dtype=torch.int64, device=weights.w_enc.device)
+        self.trained = [*weights] if threshold is None else [*weights, threshold]
+        self.optimiser = torch.optim.Adam(weights, fused=True)
+        if threshold is not None:
+            self.optimiser.add_param_group({"params": [threshold]})
+        self._pre_acts = weights.w_enc.new_empty(0)
+
+    def __call__(self, x: Tensor, lr: float) -> Seen:
+        """Take one step on x [n, d_in] with learning rate ``lr``."""
+        seen = self.gradients(x)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        for group, rate in zip(self.optimiser.param_groups, (lr, threshold_lr(lr, x.shape[1])), strict=False):
+            group["lr"] = rate
+        self.optimiser.step()
+        w_dec = self.weights.w_dec
+        w_dec.div_(torch.linalg.vector_norm(w_dec, dim=1, keepdim=True))
+        if self.threshold is not None:
+            self.threshold.clamp_(min=0)
+        return seen
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents are dead: [n_latents] bool."""
+        return self.silent >= self.dead_after
+
+    def gradients(self, x: Tensor) -> Seen:
+        """Set ``.grad`` of all that is trained for x [n, d_in], and count who fired. Nothing is clipped or moved."""
+        x = self._normalised(x)
+        w_enc, b_enc, w_dec, b_dec = self.weights
+        chosen = self._select(torch.addmm(b_enc, x, w_enc.T, out=self._buffer(x)))
+        latents = chosen.latents
+        acts = latents.acts.requires_grad_()
+        parts = [ops.sparse_decode(p.acts, p.idx, w_dec, p.offsets) for p in self._parts(latents)]
+        rebuilt = accumulate(part.detach() for part in parts)
+        d_errors = [torch.sub(r, x).add_(b_dec).mul_(2 / len(x)) for r in rebuilt]
+        pulls = _pulls(d_errors)
+        (d_acts,) = torch.autograd.grad(parts, acts, pulls)
+        acts = acts.detach()
+
+        lists = ops.latent_lists(latents.idx, len(w_enc), latents.offsets)
+        sparsity = self._threshold_gradients(chosen, d_acts, lists, len(x))
+        d_pre = d_acts * (acts > 0)
+        w_enc.grad = ops.weight_grad(lists, d_pre, x)
+        b_enc.grad = lists.sums(d_pre)
+        w_dec.grad = self._decoder_gradient(lists, acts, pulls)
+        b_dec.grad = pulls[0].sum(dim=0)
+        # the part of a decoder row's gradient along the row, sum of act * d_act, costs no dense product
+        w_dec.grad.addcmul_(lists.sums(acts * d_pre)[:, None], w_dec, value=-1)
+
+        auxk = self._auxk_gradients(x, d_errors[-1])
+        self.silent += len(x)
+        self.silent[lists.sums(acts) > 0] = 0
+        return Seen(x, d_errors[-1], acts, auxk, sparsity, _nested(d_errors))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        centred = x if self.mean is None else x - self.mean
+        return centred if self.scale == 1 else centred * self.scale
+
+    def _select(self, pre_acts: Tensor) -> Jumped:
+        if isinstance(self.rule, JumpReLU):
+            assert self.threshold is not None, "JumpReLU has thresholds"
+            return self.rule.select(pre_acts, self.threshold)
+        return Jumped(self.rule.select(pre_acts))
+
+    def _parts(self, latents: SparseLatents) -> list[SparseLatents]:
+        """The entries of each group: of the latents that a prefix has and the one before it has not."""
+        if len(self.groups) == 1:
+            return [latents]
+        idx, acts = latents.idx.flatten(), latents.acts.flatten()
+        offsets = latents.offsets
+        if offsets is None:
+            offsets = torch.arange(latents.n + 1, device=idx.device) * latents.idx.shape[1]
+        parts = []
+        for low, high in self.groups:
+            inside = (low <= idx) & (idx < high)
+            before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))  # entries of the group before each entry
+            parts.append(SparseLatents(acts[inside], idx[inside], before[offsets]))
+        return parts
+
+    def _decoder_gradient(self, lists: ops.LatentLists, acts: Tensor, pulls: list[Tensor]) -> Tensor:
+        if len(pulls) == 1:
+            return ops.weight_grad(lists, acts, pulls[0])
+        rows = []
+        for (low, high), pull in zip(self.groups, pulls, strict=True):
+            bounds = lists.offsets[low : high + 1]
+            entries = slice(int(bounds[0]), int(bounds[-1]))
+            group = ops.LatentLists(lists.entry[entries], lists.token[entries], bounds - bounds[0])
+            rows.append(ops.weight_grad(group, acts, pull))
+        return torch.cat(rows)
+
+    def _threshold_gradients(self, chosen: Jumped, d_acts: Tensor, lists: ops.LatentLists, n: int) -> Tensor | None:
+        """Set the gradient of JumpReLU's thresholds; the weighted sparsity loss. None for the other rules."""
+        if not isinstance(self.rule, JumpReLU):
+            return None
+        assert self.threshold is not None, "JumpReLU has thresholds"
+        l0 = (chosen.latents.acts > 0).sum() / n
+        self.threshold.grad = lists.sums(self.rule.slopes(chosen, d_acts, self.threshold, l0))
+        return self.rule.loss(l0)
+
+    def _auxk_gradients(self, x: Tensor, d_error: Tensor) -> Tensor:
+        """Add the gradients of the weighted AuxK loss to those of the dead rows; that loss."""
+        dead = self.dead.nonzero().flatten()
+        if self.auxk_coef == 0 or self.k_aux == 0 or len(dead) == 0:
+            return x.new_zeros(())
+        w_enc, b_enc, w_dec = (w[dead].requires_grad_() for w in self.weights[:3])
+        pre_acts = torch.nn.functional.linear(x, w_enc, b_enc)
+        share = self.auxk_coef * min(1, len(dead) / self.k_aux)
+        loss = share * auxk_loss(d_error * (-len(x) / 2), pre_acts, w_dec, min(self.k_aux, len(dead)))
+        d_enc, d_b, d_dec = torch.autograd.grad(loss, (w_enc, b_enc, w_dec))
+        d_dec -= (d_dec * w_dec).sum(dim=1, keepdim=True) * w_dec.detach()
+        for weight, grad in zip(self.weights[:3], (d_enc, d_b, d_dec), strict=True):
+            assert weight.grad is not None, "the main loss sets the gradients first"
+            weight.grad.index_add_(0, dead, grad)
+        return loss.detach()
+
+    def _buffer(self, x: Tensor) -> Tensor:
+        """Room for the pre-activations, kept between steps: fresh pages would cost more than the product."""
+        if len(self._pre_acts) < len(x):
+            self._pre_acts = x.new_empty(len(x), len(self.weights.w_enc))
+        return self._pre_acts[: len(x)]
+
+
+def _pulls(d_errors: list[Tensor]) -> list[Tensor]:
+    """What each group's entries are pulled by: d_error of the prefixes that hold the group, over the number of all."""
+    if len(d_errors) == 1:
+        return d_errors
+    return [pull / len(d_errors) for pull in accumulate(reversed(d_errors))][::-1]
+
+
+def _nested(d_errors: list[Tensor]) -> Tensor | None:
+    """Squared error a token, mean over the prefixes; None if there is only the whole."""
+    if len(d_errors) == 1:
+        return None
+    return torch.stack([d.square().sum() for d in d_errors]).mean() * (len(d_errors[0]) / 4)
