@@ -1,0 +1,371 @@
+"""Row update: Adam on one weight matrix, the gradient of a row summed from its latent's list on the way.
+
+    encoder   g[l, :] = sum of d_acts[e] * rows[token[e], :]       over entries e of latent l with acts[e] > 0
+    decoder   g[l, :] = scale * sum of acts[e] * rows[p, token[e], :]      p the first prefix that holds l,
+              less its part along the row: w * sum of acts[e] * d_acts[e]
+    both      + AUX * aux.rows[slot[l], :] where slot[l] >= 0;  * FACTOR;  m, v, w as torch.optim.Adam
+
+    rows      [n, d] or [P, n, d]       fp32 | bf16    the batch, or `pull` of `decode_error`
+    high      [n_latents, d]            fp32 | bf16    the weight, or its upper half (`split`)
+    low       None or [n_latents, d]    int16          the lower half; None with fp32
+    m, v      [n_latents, d]            fp32 | bf16    bf16 is rounded stochastically: to nearest, v would stand still
+    inverse_norm   decoder: [n_latents] fp32           the row is high, low times this, so that its norm is 1
+    fp8, fp8_scale, fp8_next   encoder: e4m3 copy of the row over fp8_scale, and the scale of the next one
+    scalars   [8]                       fp32           places in `scalars`; FACTOR 0 leaves everything as it is
+
+A program updates one block of columns of one row: nothing in it depends on another block, so the kernel streams like
+an elementwise one. What does is taken up a step later: the norm of the new row becomes its inverse_norm, and the
+largest of its values the next fp8 scale, with an eighth of room. No gradient is ever stored and no float added
+atomically; lists are summed in order, so every run gives the same bits. Whole blocks of 256 entries that belong to one
+latent are summed beforehand (`block_sums`), so that a latent that fires everywhere does not hold up the rest. What
+belongs to a latent as a whole is updated in the encoder's pass: b_enc, the threshold, and the tokens since it fired.
+Oracle: `reference.row_update`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_kernels.adam import adam, store_moment, stochastic_bits
+from sae_kernels.packed_lists import PackedLists
+from sae_kernels.prepare import FP8_MAX, TINY
+from sae_kernels.scalars import AUX, COUNT, FACTOR
+from sae_kernels.split import halves, joined
+
+BLOCK = 256  # entries that `block_sums` adds up at once
+FP8_HEADROOM = 1.125  # by how much a row's largest value may grow in a step
+FP8_ROOM = tl.constexpr(FP8_HEADROOM)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Columns that a program updates, its warps, and the entries of a list that it has on the way at once."""
+
+    columns: int
+    warps: int
+    unroll: int = 4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A weight matrix and what its update needs; shapes above."""
+
+    high: Tensor
+    low: Tensor | None
+    m: Tensor
+    v: Tensor
+    inverse_norm: Tensor | None = None
+    fp8: Tensor | None = None
+    fp8_scale: Tensor | None = None
+    fp8_next: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What there is one of a latent, all [n_latents] fp32 but ``silent``, int64: tokens since the latent fired."""
+
+    b: Tensor
+    b_m: Tensor
+    b_v: Tensor
+    silent: Tensor
+    threshold: Tensor | None = None
+    threshold_m: Tensor | None = None
+    threshold_v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AuxGrads:
+    """Gradients of the dead rows [m, d]; the place of each latent among them, -1 for none: slot [n_latents] int32.
+
+    along   [m] fp32   encoder: gradients of b_enc. decoder: the part of each gradient along its row
+    """
+
+    rows: Tensor
+    slot: Tensor
+    along: Tensor
+
+
+@triton.jit
+def _load_weight(high_ptr, low_ptr, at, mask, SPLIT: tl.constexpr):
+    w = tl.load(high_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    if SPLIT:
+        w = joined(w, tl.load(low_ptr + at, mask=mask, other=0, eviction_policy="evict_first"))
+    return w
+
+
+@triton.jit
+def _store_weight(high_ptr, low_ptr, at, w, mask, SPLIT: tl.constexpr):
+    if SPLIT:
+        w, low = halves(w)
+        tl.store(low_ptr + at, low, mask=mask, eviction_policy="evict_first")
+    tl.store(high_ptr + at, w.to(high_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _list_sums(
+    token_ptr, acts_ptr, d_acts_ptr, near_ptr, rows_ptr, start, stop, cut, gap, theta, count_grad, d, column, inside,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, ENCODER: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Sums over entries start to stop, of which those from cut on stand gap further on.
+
+    Of the rows; of the gradient of b_enc (encoder) or the part along the row (decoder); of that of theta; of firings.
+    """
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    none = tl.zeros((BLOCK_D,), tl.int32)  # makes masks blocks: the interpreter turns a lone bool into an integer
+    along, d_theta, fired = 0.0, 0.0, 0
+    for first in range(start, stop - gap, UNROLL):
+        # one entry after the other, unrolled: their loads are all on the way before the first is used
+        for u in tl.static_range(UNROLL):
+            q = first + u
+            real = q < stop - gap
+            p = tl.where(q >= cut, q + gap, q)
+            token = tl.load(token_ptr + p, mask=real, other=0).to(tl.int64)
+            act = tl.load(acts_ptr + p, mask=real, other=0.0)
+            d_act = tl.load(d_acts_ptr + p, mask=real, other=0.0)
+            if ENCODER:
+                weight = tl.where(act > 0, d_act, 0.0)
+                along += weight
+                fired += (act > 0).to(tl.int32)
+                if THRESHOLD:
+                    d_theta -= tl.load(near_ptr + p, mask=real, other=0.0) * (theta * d_act + count_grad)
+            else:
+                weight = act
+                along += act * d_act
+            x = tl.load(rows_ptr + token * d + column, mask=inside & (none + q < stop - gap), other=0.0)
+            total += x.to(tl.float32) * weight
+    return total, along, d_theta, fired
+
+
+@triton.jit
+def _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P: tl.constexpr):
+    """Where the rows begin that latent l is moved by: those of the first prefix that holds it."""
+    for p in tl.static_range(P - 1):
+        rows_ptr += tl.where(l >= tl.load(prefix_ptr + p), 1, 0).to(tl.int64) * n_tokens * d
+    return rows_ptr
+
+
+@triton.jit
+def _block_sums_kernel(
+    latent_ptr, token_ptr, acts_ptr, d_acts_ptr, near_ptr, rows_ptr, prefix_ptr, theta_ptr, scalars_ptr, sums_ptr,
+    extras_ptr, n_latents, n_tokens, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ENCODER: tl.constexpr,
+    THRESHOLD: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks of entries, blocks of columns): a program whose block is one latent's writes its part of sums
+    block = tl.program_id(0)
+    start = block * BLOCK
+    l = tl.load(latent_ptr + start)
+    if (l == tl.load(latent_ptr + start + BLOCK - 1)) & (l < n_latents):
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        theta = 0.0
+        if THRESHOLD:
+            theta = tl.load(theta_ptr + l)
+        total, along, d_theta, fired = _list_sums(
+            token_ptr, acts_ptr, d_acts_ptr, near_ptr, _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P), start,
+            start + BLOCK, start + BLOCK, 0, theta, tl.load(scalars_ptr + COUNT), d, column, column < d, BLOCK_D, 32,
+            ENCODER, THRESHOLD,
+        )  # fmt: skip
+        tl.store(sums_ptr + block.to(tl.int64) * d + column, total, mask=column < d)
+        if tl.program_id(1) == 0:
+            tl.store(extras_ptr + block * 3, along)
+            tl.store(extras_ptr + block * 3 + 1, d_theta)
+            tl.store(extras_ptr + block * 3 + 2, tl.zeros((), tl.float32) + fired)
+
+
+@triton.jit
+def _update_latent(
+    b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, l, n_tokens, d_b, d_theta,
+    fired, theta_faster, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    b, m, v = adam(tl.load(b_ptr + l), tl.load(b_m_ptr + l), tl.load(b_v_ptr + l), d_b, scalars_ptr)
+    tl.store(b_ptr + l, b)
+    tl.store(b_m_ptr + l, m)
+    tl.store(b_v_ptr + l, v)
+    if THRESHOLD:
+        theta, m, v = adam(
+            tl.load(theta_ptr + l), tl.load(theta_m_ptr + l), tl.load(theta_v_ptr + l), d_theta, scalars_ptr, theta_faster
+        )
+        tl.store(theta_ptr + l, tl.maximum(theta, 0.0))
+        tl.store(theta_m_ptr + l, m)
+        tl.store(theta_v_ptr + l, v)
+    silent = tl.load(silent_ptr + l) + n_tokens
+    tl.store(silent_ptr + l, tl.where(fired > 0, 0, silent))
+
+
+@triton.jit
+def _row_update_kernel(
+    high_ptr, low_ptr, m_ptr, v_ptr, inverse_norm_ptr, fp8_ptr, fp8_next_ptr, b_ptr, b_m_ptr, b_v_ptr, theta_ptr,
+    theta_m_ptr, theta_v_ptr, silent_ptr, offsets_ptr, token_ptr, acts_ptr, d_acts_ptr, near_ptr, rows_ptr, prefix_ptr,
+    sums_ptr, extras_ptr, aux_ptr, aux_along_ptr, slot_ptr, parts_ptr, scalars_ptr, scale, theta_faster, n_tokens, d,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, ENCODER: tl.constexpr, THRESHOLD: tl.constexpr,
+    P: tl.constexpr, AUXK: tl.constexpr, SPLIT: tl.constexpr, ROUND: tl.constexpr, FP8: tl.constexpr,
+    UPDATE: tl.constexpr,
+):  # fmt: skip
+    # grid (n_latents, blocks of columns): program (l, c) updates block c of row l, and with block 0 what l has one of;
+    # parts[l, c] is left the sum of squares of the new row's block (encoder with FP8: its largest), and without UPDATE
+    # nothing but that of the gradient. Programs of one block of columns run together: their rows fit into the cache
+    factor = tl.load(scalars_ptr + FACTOR)
+    if factor > 0:
+        l = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = column < d
+        at = l * d + column
+        start, stop = tl.load(offsets_ptr + l), tl.load(offsets_ptr + l + 1)
+        # asked for first, so that they are on their way while the list is read
+        w = _load_weight(high_ptr, low_ptr, at, inside, SPLIT)
+        if UPDATE:
+            m = tl.load(m_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+        first = (start + BLOCK - 1) // BLOCK
+        n_blocks = tl.maximum(stop // BLOCK - first, 0)
+        theta = 0.0
+        if THRESHOLD:
+            theta = tl.load(theta_ptr + l)
+        g, along, d_theta, fired = _list_sums(
+            token_ptr, acts_ptr, d_acts_ptr, near_ptr, _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P), start, stop,
+            first * BLOCK, n_blocks * BLOCK, theta, tl.load(scalars_ptr + COUNT), d, column, inside, BLOCK_D, UNROLL,
+            ENCODER, THRESHOLD,
+        )  # fmt: skip
+        sums_ptr += first.to(tl.int64) * d
+        extras_ptr += first * 3
+        for _ in range(n_blocks):
+            g += tl.load(sums_ptr + column, mask=inside, other=0.0)
+            along += tl.load(extras_ptr)
+            d_theta += tl.load(extras_ptr + 1)
+            fired += tl.load(extras_ptr + 2).to(tl.int32)
+            sums_ptr += d
+            extras_ptr += 3
+        if not ENCODER:
+            g *= scale
+            w *= tl.load(inverse_norm_ptr + l)
+        if AUXK:
+            slot = tl.load(slot_ptr + l).to(tl.int64)
+            aux = tl.load(scalars_ptr + AUX)
+            dead = inside & (tl.zeros_like(column) + slot >= 0)
+            g += aux * tl.load(aux_ptr + slot * d + column, mask=dead, other=0.0).to(tl.float32)
+            along += aux * tl.load(aux_along_ptr + slot, mask=slot >= 0, other=0.0)
+        if not ENCODER:
+            g -= along * w
+        part = parts_ptr + l * tl.num_programs(1) + tl.program_id(1)
+        if not UPDATE:
+            norm = tl.sum(g * g)
+            if ENCODER:
+                norm += tl.where(tl.program_id(1) == 0, along * along + d_theta * d_theta, 0.0)
+            tl.store(part, norm)
+        else:
+            w, m, v = adam(w, m, v, g * factor, scalars_ptr)
+            noise = stochastic_bits(at, scalars_ptr, ENCODER)
+            store_moment(m_ptr + at, m, noise, inside, ROUND)
+            store_moment(v_ptr + at, v, noise >> 16, inside, ROUND)
+            _store_weight(high_ptr, low_ptr, at, w, inside, SPLIT)
+            if FP8:
+                tl.store(fp8_ptr + at, (w / tl.load(fp8_next_ptr + l)).to(tl.float8e4nv), mask=inside)
+                tl.store(part, tl.max(tl.abs(w)))
+            if not ENCODER:
+                tl.store(part, tl.sum(w * w))
+            if ENCODER:
+                if tl.program_id(1) == 0:
+                    _update_latent(
+                        b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, l,
+                        n_tokens, along * factor, d_theta * factor, fired, theta_faster, THRESHOLD,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _finish_rows_kernel(
+    parts_ptr, inverse_norm_ptr, fp8_scale_ptr, fp8_next_ptr, scalars_ptr, n_latents, n_parts, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, DECODER: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks of latents,)
+    if tl.load(scalars_ptr + FACTOR) > 0:
+        l = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        c = tl.arange(0, PARTS)
+        mask = (l < n_latents)[:, None] & (c < n_parts)[None, :]
+        parts = tl.load(parts_ptr + l[:, None] * n_parts + c[None, :], mask=mask, other=0.0)
+        if DECODER:
+            squares = tl.where(l < n_latents, tl.sum(parts, 1), 1.0)
+            tl.store(inverse_norm_ptr + l, tl.rsqrt(squares), mask=l < n_latents)
+        else:
+            tl.store(fp8_scale_ptr + l, tl.load(fp8_next_ptr + l, mask=l < n_latents), mask=l < n_latents)
+            unit = tl.maximum(tl.max(parts, 1), TINY) * (FP8_ROOM / FP8_MAX)
+            tl.store(fp8_next_ptr + l, unit, mask=l < n_latents)
+
+
+def shape_for(d: int) -> Shape:
+    """The program that was fastest for such rows, measured on an H200."""
+    columns = min(512, max(256, d & -d)) if d > 256 else triton.next_power_of_2(d)
+    return Shape(columns, max(1, columns // 256))
+
+
+def block_sums(
+    lists: PackedLists, rows: Tensor, scalars: Tensor, *, latents: Latents | None = None, prefixes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums over each whole block of one latent's entries: of the rows [blocks, d], and of what else [blocks, 3].
+
+    For the encoder when ``latents`` are given, else for the decoder. Where a block is not one latent's, what stands
+    there is undefined, and `row_update` does not read it.
+    """
+    n_tokens, d = rows.shape[-2:]
+    n_blocks = len(lists.latent) // BLOCK
+    sums = torch.empty(n_blocks, d, dtype=torch.float32, device=rows.device)
+    extras = torch.empty(n_blocks, 3, dtype=torch.float32, device=rows.device)
+    theta = None if latents is None else latents.threshold
+    if n_blocks:
+        columns = min(256, triton.next_power_of_2(d))
+        _block_sums_kernel[(n_blocks, triton.cdiv(d, columns))](
+            lists.latent, lists.token, lists.acts, lists.d_acts, lists.near, rows, prefixes, theta, scalars, sums, extras,
+            len(lists.offsets) - 1, n_tokens, d, BLOCK=BLOCK, BLOCK_D=columns, ENCODER=latents is not None,
+            THRESHOLD=theta is not None, P=_planes(latents, prefixes), num_warps=2,
+        )  # fmt: skip
+    return sums, extras
+
+
+def _planes(latents: Latents | None, prefixes: Tensor | None) -> int:
+    return 1 if latents is not None or prefixes is None else len(prefixes)
+
+
+def row_update(
+    weight: Rows, lists: PackedLists, rows: Tensor, scalars: Tensor, *, scale: float = 1.0,
+    latents: Latents | None = None, prefixes: Tensor | None = None, aux: AuxGrads | None = None,
+    sums: tuple[Tensor, Tensor] | None = None, norms: Tensor | None = None, shape: Shape | None = None,
+    threshold_faster: float = 1.0,
+) -> None:  # fmt: skip
+    """Update ``weight`` in place; the encoder's pass when ``latents`` are given, else the decoder's.
+
+    sums      of `block_sums` with the same arguments; made here when None
+    norms     [n_latents, column blocks] fp32: write the squared norms of the gradients, before FACTOR; update nothing
+    shape     of a program; None: `shape_for`
+    threshold_faster    how many times LR the thresholds learn at
+    """
+    n_latents, d = weight.high.shape
+    encoder, n_tokens = latents is not None, rows.shape[-2]
+    if weight.low is None and weight.high.dtype != torch.float32:
+        raise ValueError(f"a weight without its lower half must be fp32, got {weight.high.dtype}")
+    if rows.shape[-1] != d or len(lists.offsets) != n_latents + 1:
+        raise ValueError(f"rows and lists must be [..., {d}] and of {n_latents} latents, got {list(rows.shape)}")
+    if not encoder and weight.inverse_norm is None:
+        raise ValueError("a decoder needs inverse_norm")
+    sums, extras = sums or block_sums(lists, rows, scalars, latents=latents, prefixes=prefixes)
+    shape = shape or shape_for(d)
+    n_parts = triton.cdiv(d, shape.columns)
+    parts = torch.empty(n_latents, n_parts, dtype=torch.float32, device=rows.device) if norms is None else norms
+    fp8 = encoder and weight.fp8 is not None
+    # who calls it the latents' extras: t is short for a long list of pointers
+    t = latents or Latents(*[None] * 4)  # pyright: ignore[reportArgumentType]
+    _row_update_kernel[(n_latents, n_parts)](
+        weight.high, weight.low, weight.m, weight.v, weight.inverse_norm, weight.fp8, weight.fp8_next, t.b, t.b_m, t.b_v,
+        t.threshold, t.threshold_m, t.threshold_v, t.silent, lists.offsets, lists.token, lists.acts, lists.d_acts,
+        lists.near, rows, prefixes, sums, extras, aux and aux.rows, aux and aux.along, aux and aux.slot, parts, scalars,
+        scale, threshold_faster, n_tokens, d,
+        BLOCK_D=shape.columns, UNROLL=shape.unroll, BLOCK=BLOCK, ENCODER=encoder, THRESHOLD=t.threshold is not None,
+        P=_planes(latents, prefixes), AUXK=aux is not None, SPLIT=weight.low is not None,
+        ROUND=weight.m.dtype == torch.bfloat16, FP8=fp8, UPDATE=norms is None, num_warps=shape.warps,
+    )  # fmt: skip
+    if norms is None and (fp8 or not encoder):
+        _finish_rows_kernel[(triton.cdiv(n_latents, 128),)](
+            parts, weight.inverse_norm, weight.fp8_scale, weight.fp8_next, scalars, n_latents, n_parts,
+            PARTS=triton.next_power_of_2(n_parts), BLOCK=128, DECODER=not encoder, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,394 @@
+"""One training step through the Triton kernels. Formulas: `step.py`; the kernels' contracts: `sae_kernels`.
+
+    x -> z (bf16)        prepare        centred, scaled, outliers first; e4m3 beside it
+    z -> pre, maxima     encode         a slice of tokens at a time
+    pre -> acts, idx     select | rescore | batch_topk | jump
+    acts -> pull         decode_error   error, loss and gradients of the activations
+    idx -> lists         packed_lists   entries by latent
+    lists -> weights     row_update     gradient, Adam and norm of each row; biases and counters with it
+
+The host waits for the device nowhere in it. A batch whose loss is not finite leaves every weight as it was and is
+counted in FLAGGED.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from sae_kernels.adam import BETAS
+from sae_kernels.bias_update import bias_update, column_sums
+from sae_kernels.compact import Entries, batch_topk, jump, new_entries
+from sae_kernels.decode_error import columns_for, decode_error
+from sae_kernels.encode import chunk_for, encode
+from sae_kernels.packed_lists import PackedLists, packed_lists
+from sae_kernels.prepare import FP8, prepare
+from sae_kernels.rescore import rescore
+from sae_kernels.row_update import AuxGrads, Rows, Shape, row_update, shape_for
+from sae_kernels.scalars import FLAGGED, LOSS, begin, clip_factor, conclude, new_scalars
+from sae_kernels.select import select
+from torch import Tensor
+
+from sae_persona.errors import ConfigError, RunError
+from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, dead_set, keep, room_for
+from sae_persona.sae.kernel_plan import GRAPH_BELOW, KernelConfig, padded
+from sae_persona.sae.kernel_state import KernelState
+from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule
+from sae_persona.sae.step import Weights, threshold_lr
+
+BESIDE = Shape(256, 2)  # of the decoder's update beside the product, which leaves it few registers
+WARM = 3  # steps before one is captured as a graph
+
+
+@dataclass(frozen=True)
+class KernelSeen:
+    """What a step saw, on the device until it is asked for. The next step overwrites it.
+
+    z [n, d]   whole [blocks, n]: parts of the squared errors of the whole dictionary   entries: what fired
+    left       None or [n, d]: what AuxK left of the error
+    """
+
+    step: "KernelStep"
+    z: Tensor
+    whole: Tensor
+    entries: Entries
+    left: Tensor | None
+
+    def measures(self) -> dict[str, float]:
+        """As `Seen.measures`; with fp8 also its recall. RunError if more latents fired than there was room for."""
+        step, n = self.step, len(self.z)
+        loss = float(step.scalars[LOSS.value])
+        shares = {"auxk": 0.0 if self.left is None else step.auxk_share(self.left)}
+        fires = int((self.entries.acts > 0).sum())
+        if self.entries.active is not None:
+            l0 = int(self.entries.active.sum()) / n
+            if int(self.entries.offsets[-1]) == len(self.entries.acts):
+                raise RunError(f"{l0:.0f} latents fire on a token, more than there is room for: raise spare, or k")
+            assert isinstance(step.rule, JumpReLU), "the others count no active latents"
+            shares["sparsity"] = float(step.rule.loss(torch.tensor(l0)))
+        z = self.z.float()
+        variance = float((z - z.mean(dim=0)).square().sum())
+        found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / variance}
+        found["l0"] = fires / n
+        if step.recall is not None:
+            found["recall"] = step.recall
+        return found
+
+
+class KernelStep:
+    """As `PlainStep`, on a GPU. Takes over the memory of ``weights`` where it can: drop your own references.
+
+    config   how it is computed
+    rms      [d_in] root mean square of the normalised activations; tells fp8 which dimensions are outliers
+
+    In Triton's interpreter it runs on a CPU with precision fp32, for tests.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        rule: TrainingRule,
+        *,
+        config: KernelConfig,
+        threshold: Tensor | None = None,
+        prefixes: tuple[int, ...] = (),
+        k_aux: int | None,
+        auxk_coef: float,
+        dead_after: int,
+        clip: float | None = None,
+        mean: Tensor | None = None,
+        scale: float = 1.0,
+        rms: Tensor | None = None,
+    ) -> None:
+        if config.precision == "fp8" and not isinstance(rule, TopK):
+            raise ConfigError(f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16")
+        (self.n_latents, self.d_in), self.device = weights.w_enc.shape, weights.w_enc.device
+        self.rule, self.config, self.clip, self.scale = rule, config, clip, scale
+        self.k_aux = self.d_in // 2 if k_aux is None else k_aux
+        self.auxk_coef, self.dead_after = auxk_coef, dead_after
+        self.state = KernelState.make(weights, threshold, config, rms)
+        columns = self.state.order.long()
+        self.mean = torch.zeros(self.d_in, device=self.device) if mean is None else mean.float()[columns]
+        self.prefixes = torch.tensor(prefixes, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
+        self.scalars = new_scalars(self.device)
+        self.fp8, self.recall = config.precision == "fp8", None
+        self.steps = 0
+        self._dead_count, self._late_recall = LateNumber(self.device), LateNumber(self.device)
+        self._n_dead = self._room = 0
+        self._dead: DeadSet | None = None
+        self._warm: dict[int, int] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, KernelSeen]] = {}
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._beside: object = None  # what the decoder's update still reads
+
+    def __call__(self, x: Tensor, lr: float) -> KernelSeen:
+        """Take one step on x [n, d_in] with learning rate ``lr``."""
+        self.steps += 1
+        self._count_dead()
+        with self._stream(len(x)):
+            z = self._prepared(x)
+            seen = self._replayed(z, lr) if self._replays(len(x)) else self._eager(z, lr)
+            self._check_recall(seen)
+        return seen
+
+    @property
+    def weights(self) -> Weights:
+        """Copies in fp32, decoder rows of norm 1."""
+        self.wait()
+        return self.state.weights
+
+    @property
+    def threshold(self) -> Tensor | None:
+        return self.state.latents.threshold
+
+    @property
+    def silent(self) -> Tensor:
+        return self.state.latents.silent
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents are dead: [n_latents] bool."""
+        return self.silent >= self.dead_after
+
+    @property
+    def flagged(self) -> int:
+        """Steps that changed nothing, since their loss was not finite."""
+        return int(self.scalars[FLAGGED.value])
+
+    def wait(self) -> None:
+        """Let the current stream wait for the decoder's update."""
+        if self._streams is not None:
+            torch.cuda.current_stream().wait_stream(self._streams[1])
+
+    def auxk_share(self, left: Tensor) -> float:
+        """AuxK's share of the loss of a step that left so much of the error."""
+        assert self._dead is not None, "AuxK leaves nothing without dead latents"
+        share = min(1.0, float(self._dead.n_dead) / self.k_aux)
+        return self.auxk_coef * share * float(left.float().square().sum()) / len(left)
+
+    def _eager(self, z: Tensor, lr: float) -> KernelSeen:
+        self._dead = self._dead_set()
+        entries, kept = self._encoded(z, self._dead)
+        self.wait()
+        begin(self.scalars, lr, self.steps, BETAS)
+        return self._learn(z, entries, self._dead, kept)
+
+    def _replayed(self, z: Tensor, lr: float) -> KernelSeen:
+        """The same as a graph: one launch in place of twenty. AuxK is not in it."""
+        begin(self.scalars, lr, self.steps, BETAS)
+        if len(z) not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                entries, _ = self._encoded(z, None)
+                seen = self._learn(z, entries, None, None)
+            self._graphs[len(z)] = graph, seen
+        graph, seen = self._graphs[len(z)]
+        graph.replay()
+        return seen
+
+    def _learn(self, z: Tensor, entries: Entries, dead: DeadSet | None, kept: Tensor | None) -> KernelSeen:
+        n, state = len(z), self.state
+        planes = 1 if self.prefixes is None else len(self.prefixes)
+        capacity = len(entries.acts)
+        pull = self._buffer("pull", z.dtype, planes, n, z.shape[1])
+        blocks = -(-z.shape[1] // columns_for(z.shape[1]))
+        token = self._buffer("token", torch.int32, capacity)
+        d_acts = self._buffer("d_acts", torch.float32, blocks, capacity)
+        squares, whole = (self._buffer(name, torch.float32, blocks, n) for name in ("squares", "whole"))
+        assert state.decoder.inverse_norm is not None, "a decoder's rows have norms"
+        decode_error(
+            entries.acts, entries.idx, entries.offsets, state.decoder.high, state.decoder.inverse_norm, z, state.b_dec,
+            2 / n, pull=pull, token=token, d_acts=d_acts, squares=squares, whole=whole, prefixes=self.prefixes,
+        )  # fmt: skip
+        lists = packed_lists(entries.idx, token, entries.acts, d_acts, self.n_latents, near=entries.near)
+        self._conclude(squares, entries, dead, n if kept is None else len(kept))
+        aux_enc = aux_dec = left = None
+        if dead is not None and kept is not None:
+            error = pull[-1] if planes == 1 else pull[-1] * planes
+            aux_enc, aux_dec, left = AuxKept(dead, kept).gradients(error, z, state.decoder)
+        self._update(z, pull, lists, aux_enc, aux_dec)
+        return KernelSeen(self, z, whole, entries, left)
+
+    def _update(
+        self, z: Tensor, pull: Tensor, lists: PackedLists, aux_enc: AuxGrads | None, aux_dec: AuxGrads | None
+    ) -> None:
+        state, scale = self.state, 2 / len(z)
+        sums = column_sums(pull[0])
+        encoder = {"latents": state.latents, "aux": aux_enc, "threshold_faster": threshold_lr(1.0, self.d_in)}
+        decoder = {"scale": scale, "prefixes": self.prefixes, "aux": aux_dec}
+        if self.clip is not None:
+            blocks = -(-z.shape[1] // shape_for(z.shape[1]).columns)
+            norms = torch.empty(2 * self.n_latents * blocks + z.shape[1], device=self.device)
+            enc, dec, b = norms.split([self.n_latents * blocks] * 2 + [z.shape[1]])
+            row_update(self._encoder, lists, z, self.scalars, norms=enc, **encoder)
+            row_update(state.decoder, lists, pull, self.scalars, norms=dec, **decoder)
+            bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, sums, self.scalars, scale=scale, norms=b)
+            clip_factor(self.scalars, norms, self.clip)
+        row_update(self._encoder, lists, z, self.scalars, **encoder)
+        bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, sums, self.scalars, scale=scale)
+        if self._streams is None:
+            row_update(state.decoder, lists, pull, self.scalars, **decoder)
+            return
+        main, side = self._streams
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            row_update(state.decoder, lists, pull, self.scalars, shape=BESIDE, **decoder)
+        self._beside = (lists, aux_dec)  # not to be freed, and so overwritten, before the next step has waited
+
+    def _conclude(self, squares: Tensor, entries: Entries, dead: DeadSet | None, n_aux: int) -> None:
+        found = {}
+        if isinstance(self.rule, JumpReLU):
+            found |= {"active": entries.active, "k": self.rule.k, "sparsity_coef": self.rule.coef}
+        if dead is not None:
+            found |= {"n_dead": dead.n_dead, "auxk_coef": self.auxk_coef * squares.shape[1] / n_aux, "k_aux": self.k_aux}
+        conclude(self.scalars, squares, **found)
+
+    # ---- encoding
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """z, and its e4m3 copy, of a batch [n, d_in]."""
+        n, d, fp32 = len(x), self.state.encoder.high.shape[1], self.config.precision == "fp32"
+        z = self._buffer("z", torch.float32 if fp32 else torch.bfloat16, n, d)
+        fp8 = {}
+        if self.fp8:
+            fp8 = {"z8": self._buffer("z8", FP8, n, d), "z8_scale": self._buffer("z8_scale", torch.float32, n)}
+        prepare(x, self.state.order if self.state.side else None, self.mean, self.scale, z=z, side=self.state.side, **fp8)
+        return z
+
+    def _encoded(self, z: Tensor, dead: DeadSet | None) -> tuple[Entries, Tensor | None]:
+        """What fires on the batch; the AuxK activations of the dead latents."""
+        n, rule = len(z), self.rule
+        tokens = n if isinstance(rule, BatchTopK) else min(n, self.config.slice_tokens or n)
+        chunk = chunk_for(self.n_latents, self._n_selected)
+        pre = self._buffer("pre", z.dtype, tokens, padded(self.n_latents, chunk))
+        maxima = self._buffer("maxima", z.dtype, tokens, pre.shape[1] // chunk)
+        n_aux = max(1, round(n * self.config.auxk_tokens))
+        kept = None if dead is None else self._buffer("kept", z.dtype, n_aux, len(dead.idx))
+        entries, picked = None, []
+        for at in range(0, n, tokens):
+            part = slice(at, min(at + tokens, n))
+            here, peaks = pre[: part.stop - at], maxima[: part.stop - at]
+            self._encode(z, part, here, peaks)
+            if isinstance(rule, BatchTopK):
+                entries = batch_topk(here, peaks, self.n_latents, rule.k)
+            elif isinstance(rule, JumpReLU):
+                entries = entries or new_entries(n, int(self.config.spare * rule.k * n), self.n_latents, z.device)
+                jump(here, peaks, self.state.latents.threshold, rule.bandwidth, entries, first=at)
+            else:
+                picked.append(self._topk(z[part], here, peaks))
+            if dead is not None and kept is not None and at < n_aux:
+                keep(here[: n_aux - at], dead, self.n_latents, self.k_aux, kept[part])
+        return entries or self._even(picked), kept
+
+    def _encode(self, z: Tensor, part: slice, pre: Tensor, maxima: Tensor) -> None:
+        encoder, b = self.state.encoder, self.state.latents.b
+        if not self.fp8:
+            encode(z[part], encoder.high, b, pre=pre, maxima=maxima)
+            return
+        assert encoder.fp8 is not None, "fp8 has a copy"
+        z8, scale = self._buffer("z8", FP8, *z.shape), self._buffer("z8_scale", torch.float32, len(z))
+        encode(
+            z8[part], encoder.fp8, b, pre=pre, maxima=maxima, x_scale=scale[part], w_scale=encoder.fp8_scale,
+            side=self.state.side, x_side=z[part], w_side=encoder.high,
+        )  # fmt: skip
+
+    def _topk(self, z: Tensor, pre: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.rule.k
+        if not self.fp8:
+            return select(pre, maxima, self.n_latents, k)
+        _, candidates = select(pre, maxima, self.n_latents, self._n_selected)
+        return rescore(candidates, z, self.state.encoder.high, self.state.latents.b, k)
+
+    def _even(self, picked: list[tuple[Tensor, Tensor]]) -> Entries:
+        """As CSR, k entries a token."""
+        acts, idx = picked[0] if len(picked) == 1 else (torch.cat(parts) for parts in zip(*picked, strict=True))
+        n, k = acts.shape
+        offsets = torch.arange(0, (n + 1) * k, k, dtype=torch.int32, device=acts.device)
+        return Entries(acts.flatten(), idx.flatten(), offsets)
+
+    @property
+    def _n_selected(self) -> int:
+        """Pre-activations that are kept of each token, or of the average one, before any rescoring."""
+        k = math.ceil(self.config.candidates * self.rule.k) if self.fp8 else self.rule.k
+        return min(k, self.n_latents)
+
+    @property
+    def _encoder(self) -> Rows:
+        rows = self.state.encoder
+        return rows if self.fp8 or rows.fp8 is None else Rows(rows.high, rows.low, rows.m, rows.v)
+
+    # ---- what the host decides, a few steps late
+
+    def _count_dead(self) -> None:
+        if self.auxk_coef == 0 or self.k_aux == 0 or (self.steps - 1) % EVERY:
+            return
+        self._n_dead = int(self._dead_count.read())
+        self._room = room_for(self._n_dead, self.n_latents)
+        self._dead_count.write(self.dead.sum().float())
+
+    def _dead_set(self) -> DeadSet | None:
+        if self._room == 0:
+            return None
+        # more dead latents than there is ever room for take turns
+        turn = self.steps if self._n_dead > self._room else 0
+        return dead_set(self.silent, self.dead_after, self._room, turn)
+
+    def _check_recall(self, seen: KernelSeen) -> None:
+        if not self.fp8 or self.steps % self.config.recall_every:
+            return
+        if self.steps > self.config.recall_every:
+            self.recall = self._late_recall.read()
+            if self.recall < self.config.min_recall:
+                self.fp8 = False
+                self._graphs.clear()
+                return
+        rows, k = min(self.config.recall_rows, len(seen.z)), self.rule.k
+        exact = torch.mm(seen.z[:rows].float(), self.state.encoder.high.T.float()) + self.state.latents.b
+        best = exact.topk(k, dim=1).indices
+        hit = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, seen.entries.idx.view(-1, k)[:rows].long(), True)
+        self._late_recall.write(hit.gather(1, best).float().mean())
+
+    # ---- streams, graphs and memory
+
+    def _small(self, n: int) -> bool:
+        """Launching the kernels takes as long as running them."""
+        if self.config.graph is not None:
+            return self.config.graph
+        return 2.0 * n * self.d_in * self.n_latents < GRAPH_BELOW
+
+    def _replays(self, n: int) -> bool:
+        """The step is a graph; not before its kernels have been compiled, and not with dead latents."""
+        if self.device.type != "cuda" or self._room or not self._small(n):
+            return False
+        self._warm[n] = self._warm.get(n, 0) + 1
+        return self._warm[n] > WARM
+
+    @contextmanager
+    def _stream(self, n: int) -> Iterator[None]:
+        """Run on a stream of higher priority than that of the decoder's update, if they are to overlap."""
+        if self.device.type != "cuda" or not self.config.overlap or self._small(n):
+            self.wait()
+            self._streams = None
+            yield
+            return
+        if self._streams is None:
+            self._streams = torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=0)
+        outer, main = torch.cuda.current_stream(), self._streams[0]
+        main.wait_stream(outer)
+        with torch.cuda.stream(main):
+            yield
+        outer.wait_stream(main)
+
+    def _buffer(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Memory kept between steps under a name, as much of it as asked for."""
+        size = 1
+        for length in shape:
+            size *= length
+        kept = self._buffers.get((name, dtype))
+        if kept is None or len(kept) < size:
+            self._graphs.clear()
+            kept = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return kept[:size].view(shape)
+
