@@ -16,12 +16,13 @@ from sae_persona import pipeline
 from sae_persona.activations.lm import load_lm
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.attribution.rank import RankConfig
-from sae_persona.errors import RunError, SaePersonaError
+from sae_persona.errors import ConfigError, RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.report.text import describe, describe_latent
 from sae_persona.runs import Run
+from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.train import TrainConfig
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.interventions import Positions
@@ -135,7 +136,7 @@ def lab_texts(
 
 
 @app.command()
-@with_flags(streaming=StreamConfig, training=TrainConfig)
+@with_flags(streaming=StreamConfig, training=TrainConfig, kernels=KernelConfig)
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, hub id, or lab.")],
     texts: Annotated[Path, typer.Argument(metavar="TEXTS", help=f"What the model reads: {Texts}.")],
@@ -143,6 +144,7 @@ def train(
     hook: Annotated[str, typer.Option(help="Hook point: layers.LAYER.resid_post or resid_pre, layers from 0.")],
     streaming: StreamConfig,
     training: TrainConfig,
+    kernels: KernelConfig,
     held_out: Annotated[Path | None, typer.Option(help="Texts to measure the SAE's quality on.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Module path of the model's list of blocks.")] = None,
     device: Device = "cpu",
@@ -150,16 +152,20 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train an SAE on the streamed activations of a model at one hook point."""
-    lm = load_lm(model, device=device, blocks=blocks)
+    if kernels.precision == "fp8" and training.rule != "topk":
+        raise ConfigError(f"precision fp8 is for rule topk, got {training.rule}: choose bf16, or --rule topk")
+    # what a GPU would take can be asked for where there is none
+    lm = load_lm(model, device="cpu" if dry_run else device, blocks=blocks)
     point = HookPoint.parse(hook)
     lm.check(point)
     for path in [texts, *([held_out] if held_out else [])]:
         pipeline.check_texts(lm, path, streaming)
     if dry_run:
-        typer.echo(pipeline.plan(lm, point, streaming, training))
+        on_gpu = device.startswith("cuda")
+        typer.echo(pipeline.plan(lm, point, streaming, training, kernels if on_gpu else None))
         return
     with Run.making(out, force=force) as run:
-        pipeline.train_stage(run, lm, point, texts, streaming=streaming, training=training, held_out=held_out)
+        pipeline.train_stage(run, lm, point, texts, streaming=streaming, training=training, kernels=kernels, held_out=held_out)
     typer.echo(describe(run))
 
 

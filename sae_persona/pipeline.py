@@ -23,9 +23,10 @@ from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.features.pooled import Pooled
 from sae_persona.runs import Run, file_hash, write_json
 from sae_persona.sae.formats import hook_metadata, load_sae, save_sae
+from sae_persona.sae.kernel_plan import KernelConfig, plan_step
 from sae_persona.sae.model import SAE
 from sae_persona.sae.quality import Quality, quality
-from sae_persona.sae.train import TrainConfig, train
+from sae_persona.sae.train import Diverged, TrainConfig, train
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
@@ -71,10 +72,11 @@ def train_stage(
     *,
     streaming: StreamConfig,
     training: TrainConfig,
+    kernels: KernelConfig | None = KernelConfig(),
     held_out: Source | None = None,
     progress: bool = True,
 ) -> SAE:
-    """Train an SAE on streamed activations; with ``held_out`` texts, measure its quality on them too."""
+    """Train an SAE on streamed activations, on a GPU through the kernels; with ``held_out`` texts, measure its quality on them too."""
     facts = {
         "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
         "hook": str(hook),
@@ -86,11 +88,23 @@ def train_stage(
         batches = stream(lm, hook, texts, streaming)
         # the learning rate can only fall towards an end that is known
         steps = training.steps or batches.n_batches()
-        sae = train(batches, replace(training, steps=steps), out=run.metrics, progress=progress)
+        try:
+            sae = train(batches, replace(training, steps=steps), kernels=kernels, out=run.metrics, progress=progress)
+        except Diverged as error:
+            raise RunError(f"{error}{_keep(error.sae, run, hook_metadata(lm, hook))}") from error
         save_sae(sae, run.sae, metadata=hook_metadata(lm, hook))
     if held_out is not None:
         quality_stage(run, lm, held_out, streaming=streaming)
     return open_sae(run, lm)
+
+
+def _keep(sae: SAE | None, run: Run, metadata: dict[str, str]) -> str:
+    """Save the SAE of the last good step beside the run, which goes with its error; what to add to the message."""
+    if sae is None:
+        return ""
+    path = run.path.with_name(f"{run.path.name}.last_good")
+    save_sae(sae, path, metadata=metadata)
+    return f". The SAE of the last good step is in {path}"
 
 
 def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig) -> Quality:
@@ -295,17 +309,34 @@ def check_texts(lm: LM, source: Source, streaming: StreamConfig) -> None:
         raise DataError(f"none of the texts in {source} has {wanted}")
 
 
-def plan(lm: LM, hook: HookPoint, streaming: StreamConfig, training: TrainConfig) -> str:
-    """What training would do and hold, in tokens and megabytes."""
-    parameters = 2 * training.n_latents * lm.d_model + training.n_latents + lm.d_model
+def plan(
+    lm: LM, hook: HookPoint, streaming: StreamConfig, training: TrainConfig, kernels: KernelConfig | None = None
+) -> str:
+    """What training would do and hold, in tokens and megabytes; with ``kernels`` on a GPU, also how long a step takes."""
     steps = "one pass over the texts" if training.steps is None else f"{training.steps} steps"
-    buffer = streaming.buffer_tokens * lm.d_model * 4
-    pre_acts = streaming.batch_tokens * training.n_latents * 4
     lines = [
         f"{training.rule} SAE of {training.n_latents} latents, k {training.k}, width {lm.d_model}, at {hook}",
         f"{steps} of {streaming.batch_tokens} activations; learning rate {training.peak_lr:.2e}",
+        f"shuffle buffer {streaming.buffer_tokens * lm.d_model * 4 / 1e6:.1f} MB",
+    ]
+    if kernels is not None:
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"
+        step = plan_step(
+            kernels,
+            n=streaming.batch_tokens,
+            d_in=lm.d_model,
+            n_latents=training.n_latents,
+            k=training.k,
+            rule=training.rule,
+            n_prefixes=max(1, len(training.prefixes)),
+            card=card,
+        )
+        return "\n".join([*lines, f"on {card}:", str(step)])
+    parameters = 2 * training.n_latents * lm.d_model + training.n_latents + lm.d_model
+    pre_acts = streaming.batch_tokens * training.n_latents * 4
+    lines += [
         f"parameters {parameters:,}: {parameters * 16 / 1e6:.1f} MB with gradients and Adam's moments in fp32",
-        f"shuffle buffer {buffer / 1e6:.1f} MB; pre-activations of a batch {pre_acts / 1e6:.1f} MB",
+        f"pre-activations of a batch {pre_acts / 1e6:.1f} MB",
     ]
     return "\n".join(lines)
 

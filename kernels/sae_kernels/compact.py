@@ -80,7 +80,7 @@ def _level_kernel(
     for step in range(BINS // BLOCK):
         bin = BINS - 1 - (step * BLOCK + tl.arange(0, BLOCK))  # from the largest down
         count = tl.zeros((BLOCK,), tl.int32)
-        for copy in range(COPIES):
+        for copy in tl.static_range(COPIES):
             count += tl.load(histogram_ptr + copy * BINS + bin)
         upto = above + tl.cumsum(count, 0)
         here = (upto >= remaining) & (upto - count < remaining)
@@ -117,14 +117,27 @@ def _chunks_kernel(
 def _candidates(
     pre_ptr, chunk_ptr, n, at, count, n_latents, padded, n_chunks, CHUNK: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """Pre-activations of AT_ONCE listed chunks from the at-th on, flat; their latents; which of them are real."""
+    """Pre-activations of AT_ONCE listed chunks from the at-th on, a row a chunk; their latents; which are real."""
     j = at + tl.arange(0, AT_ONCE)
     chunk = tl.load(chunk_ptr + n * n_chunks + j, mask=j < count, other=0)
-    l = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    real = (j < count)[:, None] & (l < n_latents)
-    pre = tl.load(pre_ptr + n * padded + l, mask=real, other=float("-inf")).to(tl.float32)
-    flat: tl.constexpr = AT_ONCE * CHUNK
-    return tl.reshape(pre, (flat,)), tl.reshape(l, (flat,)), tl.reshape(real, (flat,))
+    latent = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    real = (j < count)[:, None] & (latent < n_latents)
+    pre = tl.load(pre_ptr + n * padded + latent, mask=real, other=float("-inf")).to(tl.float32)
+    return pre, latent, real
+
+
+@triton.jit
+def _count(chosen):
+    return tl.sum(tl.sum(chosen.to(tl.int32), 1))
+
+
+@triton.jit
+def _ranks(chosen):
+    """How many of the chosen entries stand before each entry, in the order of its rows: ranks, and their number."""
+    flags = chosen.to(tl.int32)
+    in_row = tl.sum(flags, 1)
+    before = tl.cumsum(in_row, 0) - in_row
+    return before[:, None] + tl.cumsum(flags, 1) - flags, tl.sum(in_row)
 
 
 @triton.jit
@@ -161,15 +174,15 @@ def _count_kernel(
     count = tl.load(count_ptr + n)
     above, second = 0, 0
     for at in range(0, count, AT_ONCE):
-        pre, l, real = _candidates(pre_ptr, chunk_ptr, n, at, count, n_latents, padded, n_chunks, CHUNK, AT_ONCE)
+        pre, latent, real = _candidates(pre_ptr, chunk_ptr, n, at, count, n_latents, padded, n_chunks, CHUNK, AT_ONCE)
         if JUMP:
-            theta = tl.load(theta_ptr + l, mask=real, other=float("inf"))
-            above += tl.sum((real & ((pre > theta) | (tl.abs(pre - theta) < half))).to(tl.int32))
-            second += tl.sum((real & (pre > theta)).to(tl.int32))
+            theta = tl.load(theta_ptr + latent, mask=real, other=float("inf"))
+            above += _count(real & ((pre > theta) | (tl.abs(pre - theta) < half)))
+            second += _count(real & (pre > theta))
         else:
             key, level = ordered(pre, 0), tl.load(level_ptr)
-            above += tl.sum((real & (key > level)).to(tl.int32))
-            second += tl.sum((real & (key == level)).to(tl.int32))
+            above += _count(real & (key > level))
+            second += _count(real & (key == level))
     tl.store(above_ptr + n, above)
     tl.store(second_ptr + n, second)
 
@@ -203,28 +216,30 @@ def _fill_kernel(
     # of those equal to the level the token takes what its range has room for beyond those above it
     room = stop - at_entry - tl.load(above_ptr + n)
     for at in range(0, count, AT_ONCE):
-        pre, l, real = _candidates(pre_ptr, chunk_ptr, n, at, count, n_latents, padded, n_chunks, CHUNK, AT_ONCE)
+        pre, latent, real = _candidates(pre_ptr, chunk_ptr, n, at, count, n_latents, padded, n_chunks, CHUNK, AT_ONCE)
         if JUMP:
-            theta = tl.load(theta_ptr + l, mask=real, other=float("inf"))
+            theta = tl.load(theta_ptr + latent, mask=real, other=float("inf"))
             near = tl.abs(pre - theta) < half
             chosen = real & ((pre > theta) | near)
         else:
             key, level = ordered(pre, 0), tl.load(level_ptr)
             equal = real & (key == level)
             chosen = real & (key > level)
-            n_equal = tl.sum(equal.to(tl.int32))
-            if n_equal > 0:  # seldom, and a scan is most of this loop
-                chosen = chosen | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+            n_equal = _count(equal)
+            if n_equal > 0:  # seldom, and ranks are most of this loop
+                rank, _ = _ranks(equal)
+                chosen = chosen | (equal & (rank < room))
             room -= n_equal
-        e = at_entry + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        rank, n_chosen = _ranks(chosen)
+        e = at_entry + rank
         inside = chosen & (e < stop)
-        tl.store(idx_ptr + e, l, mask=inside)
+        tl.store(idx_ptr + e, latent, mask=inside)
         if JUMP:
             tl.store(acts_ptr + e, tl.where(pre > theta, pre, 0.0), mask=inside)
             tl.store(near_ptr + e, tl.where(near, 0.5 / half, 0.0), mask=inside)
         else:
             tl.store(acts_ptr + e, pre, mask=inside)
-        at_entry += tl.sum(chosen.to(tl.int32))
+        at_entry += n_chosen
 
 
 def _listed(maxima: Tensor, *, bound: Tensor | None = None, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
     token, acts, near   [capacity]                   as `decode_error` and `compact` leave them; near may be None
     d_acts              [blocks, capacity]  fp32     parts, to be added up
 
-    latent              [capacity]          int32    ascending; n_latents at the end, in place of entries that are none
+    latent              [capacity]          int16 | int32    ascending; n_latents at the end, in place of entries that are none
     token, acts, d_acts, near   [capacity]           of the same entries
     offsets             [n_latents + 1]     int32    latent l owns entries offsets[l] to offsets[l + 1]
 
@@ -62,8 +62,9 @@ def packed_lists(
     if idx.dtype != torch.int32 or any(t.shape[-1] != capacity for t in (token, acts, d_acts)) or d_acts.ndim != 2:
         wanted = f"int32 [{capacity}], with token and acts [{capacity}] and d_acts [blocks, {capacity}]"
         raise ValueError(f"idx must be {wanted}, got {idx.dtype}, {list(token.shape)}, {list(d_acts.shape)}")
-    latent, order = torch.sort(idx, stable=True)
-    bounds = torch.arange(n_latents + 1, dtype=torch.int32, device=idx.device)
+    # a radix sort of half the bits takes half the passes
+    latent, order = torch.sort(idx.short() if n_latents < 2**15 else idx, stable=True)
+    bounds = torch.arange(n_latents + 1, dtype=latent.dtype, device=idx.device)
     offsets = torch.searchsorted(latent, bounds, out_int32=True)
     outs = torch.empty_like(token), torch.empty_like(acts), torch.empty_like(d_acts[0])
     near_out = None if near is None else torch.empty_like(near)

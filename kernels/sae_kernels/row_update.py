@@ -149,29 +149,38 @@ def _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P: tl.constexpr):
 
 @triton.jit
 def _block_sums_kernel(
-    latent_ptr, token_ptr, acts_ptr, d_acts_ptr, near_ptr, rows_ptr, prefix_ptr, theta_ptr, scalars_ptr, sums_ptr,
-    extras_ptr, n_latents, n_tokens, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ENCODER: tl.constexpr,
-    THRESHOLD: tl.constexpr, P: tl.constexpr,
+    latent_ptr, token_ptr, acts_ptr, d_acts_ptr, near_ptr, x_ptr, pull_ptr, prefix_ptr, theta_ptr, scalars_ptr,
+    sums_ptr, extras_ptr, n_latents, n_tokens, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, THRESHOLD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    # grid (blocks of entries, blocks of columns): a program whose block is one latent's writes its part of sums
+    # grid (blocks of entries, blocks of columns, 2): a program whose block is one latent's writes its part of
+    # sums[0], the encoder's, or of sums[1], the decoder's
     block = tl.program_id(0)
     start = block * BLOCK
-    l = tl.load(latent_ptr + start)
-    if (l == tl.load(latent_ptr + start + BLOCK - 1)) & (l < n_latents):
+    latent = tl.load(latent_ptr + start)
+    if (latent == tl.load(latent_ptr + start + BLOCK - 1)) & (latent < n_latents):
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        row = (tl.program_id(2) * tl.num_programs(0) + block).to(tl.int64)
         theta = 0.0
         if THRESHOLD:
-            theta = tl.load(theta_ptr + l)
-        total, along, d_theta, fired = _list_sums(
-            token_ptr, acts_ptr, d_acts_ptr, near_ptr, _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P), start,
-            start + BLOCK, start + BLOCK, 0, theta, tl.load(scalars_ptr + COUNT), d, column, column < d, BLOCK_D, 32,
-            ENCODER, THRESHOLD,
-        )  # fmt: skip
-        tl.store(sums_ptr + block.to(tl.int64) * d + column, total, mask=column < d)
+            theta = tl.load(theta_ptr + latent)
+        count_grad = tl.load(scalars_ptr + COUNT)
+        if tl.program_id(2) == 0:
+            total, along, d_theta, fired = _list_sums(
+                token_ptr, acts_ptr, d_acts_ptr, near_ptr, x_ptr, start, start + BLOCK, start + BLOCK, 0, theta,
+                count_grad, d, column, column < d, BLOCK_D, 32, True, THRESHOLD,
+            )  # fmt: skip
+        else:
+            plane = _plane(pull_ptr, prefix_ptr, latent, n_tokens, d, P)
+            total, along, d_theta, fired = _list_sums(
+                token_ptr, acts_ptr, d_acts_ptr, near_ptr, plane, start, start + BLOCK, start + BLOCK, 0, theta,
+                count_grad, d, column, column < d, BLOCK_D, 32, False, THRESHOLD,
+            )  # fmt: skip
+        tl.store(sums_ptr + row * d + column, total, mask=column < d)
         if tl.program_id(1) == 0:
-            tl.store(extras_ptr + block * 3, along)
-            tl.store(extras_ptr + block * 3 + 1, d_theta)
-            tl.store(extras_ptr + block * 3 + 2, tl.zeros((), tl.float32) + fired)
+            tl.store(extras_ptr + row * 3, along)
+            tl.store(extras_ptr + row * 3 + 1, d_theta)
+            tl.store(extras_ptr + row * 3 + 2, tl.zeros((), tl.float32) + fired)
 
 
 @triton.jit
@@ -301,41 +310,37 @@ def shape_for(d: int) -> Shape:
 
 
 def block_sums(
-    lists: PackedLists, rows: Tensor, scalars: Tensor, *, latents: Latents | None = None, prefixes: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums over each whole block of one latent's entries: of the rows [blocks, d], and of what else [blocks, 3].
+    lists: PackedLists, x: Tensor, pull: Tensor, scalars: Tensor, *, threshold: Tensor | None = None,
+    prefixes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums over each whole block of one latent's entries, first the encoder's, then the decoder's.
 
-    For the encoder when ``latents`` are given, else for the decoder. Where a block is not one latent's, what stands
-    there is undefined, and `row_update` does not read it.
+    Of x [n, d] and of pull [P, n, d]: [2, blocks, d]; of all else that a list is summed for: [2, blocks, 3]. Where a
+    block is not one latent's, what stands there is undefined, and `row_update` does not read it.
     """
-    n_tokens, d = rows.shape[-2:]
+    n_tokens, d = x.shape
     n_blocks = len(lists.latent) // BLOCK
-    sums = torch.empty(n_blocks, d, dtype=torch.float32, device=rows.device)
-    extras = torch.empty(n_blocks, 3, dtype=torch.float32, device=rows.device)
-    theta = None if latents is None else latents.threshold
+    sums = torch.empty(2, n_blocks, d, dtype=torch.float32, device=x.device)
+    extras = torch.empty(2, n_blocks, 3, dtype=torch.float32, device=x.device)
     if n_blocks:
         columns = min(256, triton.next_power_of_2(d))
-        _block_sums_kernel[(n_blocks, triton.cdiv(d, columns))](
-            lists.latent, lists.token, lists.acts, lists.d_acts, lists.near, rows, prefixes, theta, scalars, sums, extras,
-            len(lists.offsets) - 1, n_tokens, d, BLOCK=BLOCK, BLOCK_D=columns, ENCODER=latents is not None,
-            THRESHOLD=theta is not None, P=_planes(latents, prefixes), num_warps=2,
+        _block_sums_kernel[(n_blocks, triton.cdiv(d, columns), 2)](
+            lists.latent, lists.token, lists.acts, lists.d_acts, lists.near, x, pull, prefixes, threshold, scalars, sums,
+            extras, len(lists.offsets) - 1, n_tokens, d, BLOCK=BLOCK, BLOCK_D=columns, THRESHOLD=threshold is not None,
+            P=1 if prefixes is None else len(prefixes), num_warps=2,
         )  # fmt: skip
     return sums, extras
 
 
-def _planes(latents: Latents | None, prefixes: Tensor | None) -> int:
-    return 1 if latents is not None or prefixes is None else len(prefixes)
-
-
 def row_update(
-    weight: Rows, lists: PackedLists, rows: Tensor, scalars: Tensor, *, scale: float = 1.0,
-    latents: Latents | None = None, prefixes: Tensor | None = None, aux: AuxGrads | None = None,
-    sums: tuple[Tensor, Tensor] | None = None, norms: Tensor | None = None, shape: Shape | None = None,
+    weight: Rows, lists: PackedLists, rows: Tensor, scalars: Tensor, *, sums: tuple[Tensor, Tensor],
+    scale: float = 1.0, latents: Latents | None = None, prefixes: Tensor | None = None, aux: AuxGrads | None = None,
+    norms: Tensor | None = None, shape: Shape | None = None,
     threshold_faster: float = 1.0,
 ) -> None:  # fmt: skip
     """Update ``weight`` in place; the encoder's pass when ``latents`` are given, else the decoder's.
 
-    sums      of `block_sums` with the same arguments; made here when None
+    sums      of `block_sums` of the same lists
     norms     [n_latents, column blocks] fp32: write the squared norms of the gradients, before FACTOR; update nothing
     shape     of a program; None: `shape_for`
     threshold_faster    how many times LR the thresholds learn at
@@ -348,7 +353,7 @@ def row_update(
         raise ValueError(f"rows and lists must be [..., {d}] and of {n_latents} latents, got {list(rows.shape)}")
     if not encoder and weight.inverse_norm is None:
         raise ValueError("a decoder needs inverse_norm")
-    sums, extras = sums or block_sums(lists, rows, scalars, latents=latents, prefixes=prefixes)
+    sums, extras = (parts[0 if encoder else 1] for parts in sums)
     shape = shape or shape_for(d)
     n_parts = triton.cdiv(d, shape.columns)
     parts = torch.empty(n_latents, n_parts, dtype=torch.float32, device=rows.device) if norms is None else norms
@@ -361,7 +366,7 @@ def row_update(
         lists.near, rows, prefixes, sums, extras, aux and aux.rows, aux and aux.along, aux and aux.slot, parts, scalars,
         scale, threshold_faster, n_tokens, d,
         BLOCK_D=shape.columns, UNROLL=shape.unroll, BLOCK=BLOCK, ENCODER=encoder, THRESHOLD=t.threshold is not None,
-        P=_planes(latents, prefixes), AUXK=aux is not None, SPLIT=weight.low is not None,
+        P=1 if encoder or prefixes is None else len(prefixes), AUXK=aux is not None, SPLIT=weight.low is not None,
         ROUND=weight.m.dtype == torch.bfloat16, FP8=fp8, UPDATE=norms is None, num_warps=shape.warps,
     )  # fmt: skip
     if norms is None and (fp8 or not encoder):

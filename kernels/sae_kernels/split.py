@@ -16,10 +16,12 @@ from torch import Tensor
 ROWS = 4096  # at a time, so that no temporary is as large as the weight
 
 
-def split(w: Tensor) -> tuple[Tensor, Tensor]:
-    high, low = torch.empty_like(w, dtype=torch.bfloat16), torch.empty_like(w, dtype=torch.int16)
+def split(w: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Both halves, on ``device`` (None: where w is)."""
+    device = w.device if device is None else device
+    high, low = (torch.empty(w.shape, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.int16))
     for part, h, x in zip(w.split(ROWS), high.split(ROWS), low.split(ROWS), strict=True):
-        bits = part.contiguous().view(torch.int32)
+        bits = part.to(device).contiguous().view(torch.int32)
         upper = (bits + 0x8000) >> 16
         h.view(torch.int16).copy_(upper)
         x.copy_(bits - (upper << 16))
@@ -27,6 +29,7 @@ def split(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 weight."""
     w = torch.empty_like(high, dtype=torch.float32)
     for part, h, x in zip(w.split(ROWS), high.split(ROWS), low.split(ROWS), strict=True):
         part.view(torch.int32).copy_((h.view(torch.int16).int() << 16) + x.int())

@@ -34,26 +34,28 @@ class KernelState:
     side: int
 
     @classmethod
-    def make(cls, weights: Weights, threshold: Tensor | None, config: KernelConfig, rms: Tensor | None) -> Self:
-        """From fp32 weights; ``rms`` [d_in] of the centred activations tells the outliers among their dimensions."""
-        (n_latents, d_in), device = weights.w_enc.shape, weights.w_enc.device
-        order, side = outliers_first(rms) if config.precision == "fp8" and rms is not None else (None, 0)
+    def make(
+        cls, weights: Weights, threshold: Tensor | None, config: KernelConfig, device: torch.device, rms: Tensor | None
+    ) -> Self:
+        """From fp32 weights, wherever they are; ``rms`` [d_in] of the activations tells the outliers among their columns."""
+        n_latents, d_in = weights.w_enc.shape
+        order, side = outliers_first(rms.to(weights.w_enc.device)) if config.precision == "fp8" and rms is not None else (None, 0)
         d = padded(d_in, PAD)
-        encoder = _rows(_columns(weights.w_enc, order, d), config)
+        encoder = _rows(_columns(weights.w_enc, order, d), config, device)
         if config.precision == "fp8":
             encoder = _with_fp8(encoder)
-        decoder = _rows(_columns(weights.w_dec, order, d), config)
+        decoder = _rows(_columns(weights.w_dec, order, d), config, device)
         decoder = replace(decoder, inverse_norm=torch.ones(n_latents, device=device))
-        b_dec = _columns(weights.b_dec[None], order, d)[0].clone()
+        b_dec = _columns(weights.b_dec[None], order, d)[0].clone().to(device)
 
         def zeros() -> Tensor:
             return torch.zeros(n_latents, device=device)
 
         moving = {} if threshold is None else {"threshold_m": zeros(), "threshold_v": zeros()}
         silent = torch.zeros(n_latents, dtype=torch.int64, device=device)
-        b_enc = weights.b_enc.float().clone()
+        b_enc = weights.b_enc.float().clone().to(device)
         latents = Latents(b_enc, zeros(), zeros(), silent, threshold, **moving)
-        columns = torch.arange(d_in, device=device) if order is None else order
+        columns = torch.arange(d_in, device=device) if order is None else order.to(device)
         moments = torch.zeros_like(b_dec), torch.zeros_like(b_dec)
         return cls(encoder, latents, decoder, b_dec, *moments, columns.int(), side)
 
@@ -85,10 +87,11 @@ def _columns(w: Tensor, order: Tensor | None, d: int) -> Tensor:
     return w if w.shape[1] == d else torch.nn.functional.pad(w, (0, d - w.shape[1]))
 
 
-def _rows(w: Tensor, config: KernelConfig) -> Rows:
+def _rows(w: Tensor, config: KernelConfig, device: torch.device) -> Rows:
+    halves = (w.clone().to(device), None) if config.precision == "fp32" else split(w, device)
     dtype = torch.float32 if config.moments == "fp32" else torch.bfloat16
-    m, v = (torch.zeros(w.shape, dtype=dtype, device=w.device) for _ in range(2))
-    return Rows(w.clone(), None, m, v) if config.precision == "fp32" else Rows(*split(w), m, v)
+    m, v = (torch.zeros(w.shape, dtype=dtype, device=device) for _ in range(2))
+    return Rows(*halves, m, v)
 
 
 def _with_fp8(rows: Rows) -> Rows:

@@ -25,7 +25,7 @@ from sae_kernels.encode import chunk_for, encode
 from sae_kernels.packed_lists import PackedLists, packed_lists
 from sae_kernels.prepare import FP8, prepare
 from sae_kernels.rescore import rescore
-from sae_kernels.row_update import AuxGrads, Rows, Shape, row_update, shape_for
+from sae_kernels.row_update import AuxGrads, Rows, Shape, block_sums, row_update, shape_for
 from sae_kernels.scalars import FLAGGED, LOSS, begin, clip_factor, conclude, new_scalars
 from sae_kernels.select import select
 from torch import Tensor
@@ -77,8 +77,10 @@ class KernelSeen:
 
 
 class KernelStep:
-    """As `PlainStep`, on a GPU. Takes over the memory of ``weights`` where it can: drop your own references.
+    """As `PlainStep`, on a GPU.
 
+    weights  are copied; from a CPU too, so that they need not fit the GPU beside their copies
+    device   to work on; None: where the weights are
     config   how it is computed
     rms      [d_in] root mean square of the normalised activations; tells fp8 which dimensions are outliers
 
@@ -100,14 +102,16 @@ class KernelStep:
         mean: Tensor | None = None,
         scale: float = 1.0,
         rms: Tensor | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if config.precision == "fp8" and not isinstance(rule, TopK):
             raise ConfigError(f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16")
-        (self.n_latents, self.d_in), self.device = weights.w_enc.shape, weights.w_enc.device
+        self.n_latents, self.d_in = weights.w_enc.shape
+        self.device = weights.w_enc.device if device is None else torch.device(device)
         self.rule, self.config, self.clip, self.scale = rule, config, clip, scale
         self.k_aux = self.d_in // 2 if k_aux is None else k_aux
         self.auxk_coef, self.dead_after = auxk_coef, dead_after
-        self.state = KernelState.make(weights, threshold, config, rms)
+        self.state = KernelState.make(weights, threshold, config, self.device, rms)
         columns = self.state.order.long()
         self.mean = torch.zeros(self.d_in, device=self.device) if mean is None else mean.float()[columns]
         self.prefixes = torch.tensor(prefixes, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
@@ -215,19 +219,20 @@ class KernelStep:
         self, z: Tensor, pull: Tensor, lists: PackedLists, aux_enc: AuxGrads | None, aux_dec: AuxGrads | None
     ) -> None:
         state, scale = self.state, 2 / len(z)
-        sums = column_sums(pull[0])
-        encoder = {"latents": state.latents, "aux": aux_enc, "threshold_faster": threshold_lr(1.0, self.d_in)}
-        decoder = {"scale": scale, "prefixes": self.prefixes, "aux": aux_dec}
+        bias, threshold = column_sums(pull[0]), state.latents.threshold
+        blocks = block_sums(lists, z, pull, self.scalars, threshold=threshold, prefixes=self.prefixes)
+        encoder = {"sums": blocks, "latents": state.latents, "aux": aux_enc, "threshold_faster": threshold_lr(1.0, self.d_in)}
+        decoder = {"sums": blocks, "scale": scale, "prefixes": self.prefixes, "aux": aux_dec}
         if self.clip is not None:
-            blocks = -(-z.shape[1] // shape_for(z.shape[1]).columns)
-            norms = torch.empty(2 * self.n_latents * blocks + z.shape[1], device=self.device)
-            enc, dec, b = norms.split([self.n_latents * blocks] * 2 + [z.shape[1]])
+            size = self.n_latents * -(-z.shape[1] // shape_for(z.shape[1]).columns)
+            norms = torch.empty(2 * size + z.shape[1], device=self.device)
+            enc, dec, b = norms.split([size, size, z.shape[1]])
             row_update(self._encoder, lists, z, self.scalars, norms=enc, **encoder)
             row_update(state.decoder, lists, pull, self.scalars, norms=dec, **decoder)
-            bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, sums, self.scalars, scale=scale, norms=b)
+            bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, bias, self.scalars, scale=scale, norms=b)
             clip_factor(self.scalars, norms, self.clip)
         row_update(self._encoder, lists, z, self.scalars, **encoder)
-        bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, sums, self.scalars, scale=scale)
+        bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, bias, self.scalars, scale=scale)
         if self._streams is None:
             row_update(state.decoder, lists, pull, self.scalars, **decoder)
             return
@@ -235,7 +240,7 @@ class KernelStep:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             row_update(state.decoder, lists, pull, self.scalars, shape=BESIDE, **decoder)
-        self._beside = (lists, aux_dec)  # not to be freed, and so overwritten, before the next step has waited
+        self._beside = (lists, aux_dec, blocks)  # not to be freed, and so overwritten, before the next step has waited
 
     def _conclude(self, squares: Tensor, entries: Entries, dead: DeadSet | None, n_aux: int) -> None:
         found = {}

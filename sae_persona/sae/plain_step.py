@@ -15,6 +15,8 @@ from sae_persona.types import SparseLatents
 class PlainStep:
     """The trained weights, their optimiser and the count of tokens since each latent fired.
 
+    A batch whose error is not finite leaves the weights as they were and is counted in ``flagged``.
+
     weights     changed in place; the rows of w_dec have unit norm before and after each call
     threshold   [n_latents], JumpReLU's, changed in place and never below 0; None for the other rules
     prefixes    rising sizes of nested dictionaries, the last n_latents; empty: only the whole
@@ -52,11 +54,16 @@ class PlainStep:
         self.optimiser = torch.optim.Adam(weights, fused=True)
         if threshold is not None:
             self.optimiser.add_param_group({"params": [threshold]})
+        self.flagged = 0
         self._pre_acts = weights.w_enc.new_empty(0)
 
     def __call__(self, x: Tensor, lr: float) -> Seen:
         """Take one step on x [n, d_in] with learning rate ``lr``."""
         seen = self.gradients(x)
+        # the gradient of b_dec is a sum over all errors, so one that is not finite shows there
+        if not self.weights.b_dec.grad.isfinite().all():  # pyright: ignore[reportOptionalMemberAccess]
+            self.flagged += 1
+            return seen
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
         for group, rate in zip(self.optimiser.param_groups, (lr, threshold_lr(lr, x.shape[1])), strict=False):

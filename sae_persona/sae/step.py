@@ -1,4 +1,5 @@
-"""What a training step is, however it is computed. `plain_step.py` is plain torch, on any device.
+"""What a training step is, however it is computed: `plain_step.py` in plain torch on any device, `kernel_step.py`
+through the Triton kernels on a GPU.
 
 The gradients of the main loss are written out: every dense one would be n_latents wide. Of a batch x [n, d_in] that is
 already centred and scaled, with M prefixes of the dictionary (one, the whole, unless it is nested):
@@ -19,7 +20,7 @@ clipped to a norm, where one is given; Adam takes the step.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -40,6 +41,38 @@ def threshold_lr(lr: float, d_in: int) -> float:
     which moves a pre-activation by up to lr * d_in a step: on 128-wide planted data L0 was 10 of 16 after 800 steps.
     """
     return lr * math.sqrt(d_in)
+
+
+class Measured(Protocol):
+    """What a step saw."""
+
+    def measures(self) -> dict[str, float]:
+        """The loss, its shares, FVU and L0."""
+        ...
+
+
+class Step(Protocol):
+    """A training step: called with x [n, d_in] and a learning rate, it moves the weights."""
+
+    def __call__(self, x: Tensor, lr: float) -> Measured: ...
+
+    @property
+    def weights(self) -> Weights: ...
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """[n_latents], JumpReLU's; None for the other rules."""
+        ...
+
+    @property
+    def dead(self) -> Tensor:
+        """[n_latents] bool."""
+        ...
+
+    @property
+    def flagged(self) -> int:
+        """Steps that changed nothing, since their loss was not finite."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_persona.errors import ConfigError, DataError, RunError
+from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.model import SAE
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, ReLU, Rule, Threshold, TopK, TrainingRule, calibrate
-from sae_persona.sae.step import Seen, Weights
+from sae_persona.sae.step import Measured, Step, Weights
 
 HEAD = 8  # batches that give the mean, the scale and the first thresholds
 TAIL = 8  # batches that the last threshold is calibrated on
@@ -108,11 +109,14 @@ def train(
     batches: Iterable[Tensor],
     config: TrainConfig,
     *,
+    kernels: KernelConfig | None = KernelConfig(),
     out: Path | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> SAE:
     """Train an SAE on batches [n, d_in] of activations; the device is theirs.
+
+    On a CUDA device a step runs through the Triton kernels, as ``kernels`` says; None: in plain torch, as on a CPU.
 
     The first batches give a mean and a scale (mean squared norm d_in), so that training starts centred and learning
     rates mean the same on every model; both are folded away at the end, and the SAE reads raw activations. With
@@ -123,34 +127,50 @@ def train(
     tokens, loss, auxk and with jumprelu sparsity (their shares of the loss), fvu, l0, dead (share), lr, tokens_per_s.
     ``progress`` draws a bar on stderr. The same batches and config give the same bits.
 
-    DataError: no batch, too few for ``steps``, another shape, NaN or infinity, all rows equal. RunError: the loss is
-    no longer finite, or ``out`` cannot be written.
+    DataError: no batch, too few for ``steps``, another shape, NaN or infinity, all rows equal. Diverged: the loss is no
+    longer finite, or activations on a GPU are not, where it is seen a line of metrics later; it carries the SAE of the
+    last good step. RunError: ``out`` cannot be written.
     """
     source = _batches(batches, config.steps)
     head = list(islice(source, HEAD))
     mean, scale = _mean_and_scale(head)
     total = config.steps or (len(batches) if isinstance(batches, Sized) else None)
-    step = _start(config, head, mean, scale)
+    step = _start(config, head, mean, scale, kernels)
     tail: deque[Tensor] = deque(maxlen=TAIL)
     with _log(out) as file, tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
         meter = _Meter(config, file, on_step, bar)
-        for i, batch in enumerate(chain(head, source)):
-            lr = config.lr_at(i, total)
-            meter.update(len(batch), step(batch, lr), step.dead, lr)
-            tail.append(batch)
-        meter.close()
+        try:
+            for i, batch in enumerate(chain(head, source)):
+                lr = config.lr_at(i, total)
+                meter.update(len(batch), step(batch, lr), step, lr)
+                tail.append(batch)
+            meter.close()
+        except _NotFinite as error:
+            raise Diverged(str(error), _last_good(step, mean, scale, config, tail or head, meter.tokens)) from None
     return _finish(step, mean, scale, config, list(tail), meter.tokens)
 
 
+class Diverged(RunError):
+    """Training met a loss that is not finite; ``sae`` is what the last good step left, None if that is no use."""
+
+    def __init__(self, message: str, sae: SAE | None) -> None:
+        super().__init__(message)
+        self.sae = sae
+
+
+class _NotFinite(Exception):
+    """What is wrong, before there is an SAE to carry."""
+
+
 def _batches(batches: Iterable[Tensor], steps: int | None) -> Iterator[Tensor]:
-    """Checked fp32 batches: each once, or ``steps`` of them, starting over when they end."""
+    """Checked batches, on a CPU fp32: each once, or ``steps`` of them, starting over when they end."""
     served, width = 0, None
     while True:
         before = served
         for batch in batches:
             _check(batch, served, width)
             width = batch.shape[1]
-            yield batch.float()
+            yield batch if batch.is_cuda else batch.float()
             served += 1
             if served == steps:
                 return
@@ -168,13 +188,16 @@ def _check(batch: Tensor, number: int, width: int | None) -> None:
     if not right or not batch.is_floating_point():
         wanted = f"[n, {width or 'd_in'}]"
         raise DataError(f"batch {number} must be floats {wanted}, got {batch.dtype} {list(batch.shape)}")
-    if not batch.isfinite().all():
+    # on a GPU the step finds out, without making the host wait
+    if not batch.is_cuda and not batch.isfinite().all():
         raise DataError(f"batch {number} has NaN or infinite activations: load the model with dtype float32")
 
 
 def _mean_and_scale(head: Sequence[Tensor]) -> tuple[Tensor, float]:
     """Mean [d_in] of the batches, and the factor that makes the mean squared distance from it d_in."""
     x = torch.cat(list(head)).double()
+    if not x.isfinite().all():
+        raise DataError("the first batches have NaN or infinite activations: load the model with dtype float32")
     mean = x.mean(dim=0)
     spread = (x - mean).square().sum(dim=1).mean().item()
     if spread <= 1e-12 * mean.square().sum().item():
@@ -182,28 +205,37 @@ def _mean_and_scale(head: Sequence[Tensor]) -> tuple[Tensor, float]:
     return mean.float(), math.sqrt(x.shape[1] / spread)
 
 
-def _start(config: TrainConfig, head: Sequence[Tensor], mean: Tensor, scale: float) -> PlainStep:
+def _start(
+    config: TrainConfig, head: Sequence[Tensor], mean: Tensor, scale: float, kernels: KernelConfig | None
+) -> Step:
     """Random unit decoder rows, the encoder their transpose, biases 0: 2406.04093 A.1."""
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.nn.functional.normalize(torch.randn(config.n_latents, len(mean), generator=generator), dim=1)
-    rows = rows.to(mean.device)
-    weights = Weights(rows.clone(), rows.new_zeros(config.n_latents), rows, rows.new_zeros(len(mean)))
     threshold = None
     if config.rule == "jumprelu":
-        level = calibrate(lambda x: (x - mean) * scale @ weights.w_enc.T, head, config.k)
-        threshold = torch.full_like(weights.b_enc, level)
-    return PlainStep(
-        weights,
-        _training_rule(config, d_in=len(mean)),
-        threshold=threshold,
-        prefixes=config.prefixes,
-        k_aux=config.k_aux,
-        auxk_coef=config.auxk_coef,
-        dead_after=config.dead_after,
-        clip=config.clip,
-        mean=mean,
-        scale=scale,
-    )
+        w_enc = rows.to(mean.device)
+        level = calibrate(lambda x: (x - mean) * scale @ w_enc.T, head, config.k)
+        threshold = torch.full((config.n_latents,), level, device=mean.device)
+    settings = {
+        "threshold": threshold,
+        "prefixes": config.prefixes,
+        "k_aux": config.k_aux,
+        "auxk_coef": config.auxk_coef,
+        "dead_after": config.dead_after,
+        "clip": config.clip,
+        "mean": mean,
+        "scale": scale,
+    }
+    rule = _training_rule(config, d_in=len(mean))
+    if mean.is_cuda and kernels is not None:
+        from sae_persona.sae.kernel_step import KernelStep  # here, so that CPU users need no Triton
+
+        rms = ((torch.cat(list(head)).float() - mean) * scale).square().mean(dim=0).sqrt()
+        weights = Weights(rows, torch.zeros(config.n_latents), rows, torch.zeros(len(mean)))
+        return KernelStep(weights, rule, config=kernels, rms=rms, device=mean.device, **settings)
+    rows = rows.to(mean.device)
+    weights = Weights(rows.clone(), rows.new_zeros(config.n_latents), rows, rows.new_zeros(len(mean)))
+    return PlainStep(weights, rule, **settings)
 
 
 def _training_rule(config: TrainConfig, *, d_in: int) -> TrainingRule:
@@ -222,14 +254,14 @@ class _Meter:
         self.config, self.file, self.on_step, self.bar = config, file, on_step, bar
         self.steps = self.tokens = 0
         self.start = time.perf_counter()
-        self.latest: tuple[Seen, Tensor, float] | None = None
+        self.latest: tuple[Measured, Step, float] | None = None
 
-    def update(self, n: int, seen: Seen, dead: Tensor, lr: float) -> None:
+    def update(self, n: int, seen: Measured, step: Step, lr: float) -> None:
         """Count a step on ``n`` tokens; tell of it when it is its turn."""
         self.steps += 1
         self.tokens += n
         self.bar.update()
-        self.latest = seen, dead, lr
+        self.latest = seen, step, lr
         if self.steps % self.config.log_every == 0:
             self._tell(*self.latest)
 
@@ -240,12 +272,15 @@ class _Meter:
         self.bar.total = self.bar.n
         self.bar.refresh()
 
-    def _tell(self, seen: Seen, dead: Tensor, lr: float) -> None:
+    def _tell(self, seen: Measured, step: Step, lr: float) -> None:
         self.latest = None
         values = seen.measures()
+        advice = f"lower lr, now {self.config.peak_lr:g}, or look for NaN in the activations"
         if not math.isfinite(values["loss"]):
-            raise RunError(f"the loss is {values['loss']} at step {self.steps}: lower lr, now {self.config.peak_lr:g}")
-        values["dead"] = dead.float().mean().item()
+            raise _NotFinite(f"the loss is {values['loss']} at step {self.steps}: {advice}")
+        if step.flagged:
+            raise _NotFinite(f"the loss was not finite in {step.flagged} of {self.steps} steps: {advice}")
+        values["dead"] = step.dead.float().mean().item()
         rate = self.tokens / (time.perf_counter() - self.start)
         shown = {name: f"{values[name]:.3g}" for name in ("loss", "fvu", "l0", "dead")}
         self.bar.set_postfix({**shown, "tokens_per_s": f"{rate:.0f}"}, refresh=False)
@@ -268,7 +303,19 @@ def _log(out: Path | None) -> AbstractContextManager[TextIO | None]:
 
 
 @torch.no_grad()
-def _finish(step: PlainStep, mean: Tensor, scale: float, config: TrainConfig, tail: list[Tensor], tokens: int) -> SAE:
+def _last_good(
+    step: Step, mean: Tensor, scale: float, config: TrainConfig, batches: Iterable[Tensor], tokens: int
+) -> SAE | None:
+    """The SAE of the last step that was good; None if its weights are so large that nothing finite comes of them."""
+    good = [batch for batch in batches if batch.isfinite().all()]
+    w_enc = step.weights.w_enc
+    if not good or not ((good[0] - mean) * scale @ w_enc.T).isfinite().all():
+        return None
+    return _finish(step, mean, scale, config, good, tokens)
+
+
+@torch.no_grad()
+def _finish(step: Step, mean: Tensor, scale: float, config: TrainConfig, tail: list[Tensor], tokens: int) -> SAE:
     """Fold mean and scale into the weights, so that the SAE reads raw activations, and choose the final rule."""
     w_enc, b_enc, w_dec, b_dec = step.weights
     # in fp64: the mean may be far larger than what is left after subtracting it
