@@ -165,7 +165,9 @@ def train(
         typer.echo(pipeline.plan(lm, point, streaming, training, kernels if on_gpu else None))
         return
     with Run.making(out, force=force) as run:
-        pipeline.train_stage(run, lm, point, texts, streaming=streaming, training=training, kernels=kernels, held_out=held_out)
+        pipeline.train_stage(
+            run, lm, point, texts, streaming=streaming, training=training, kernels=kernels, held_out=held_out
+        )
     typer.echo(describe(run))
 
 

@@ -23,7 +23,7 @@ from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.features.pooled import Pooled
 from sae_persona.runs import Run, file_hash, write_json
 from sae_persona.sae.formats import hook_metadata, load_sae, save_sae
-from sae_persona.sae.kernel_plan import KernelConfig, plan_step
+from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig, plan_step
 from sae_persona.sae.model import SAE
 from sae_persona.sae.quality import Quality, quality
 from sae_persona.sae.train import Diverged, TrainConfig, train
@@ -72,11 +72,11 @@ def train_stage(
     *,
     streaming: StreamConfig,
     training: TrainConfig,
-    kernels: KernelConfig | None = KernelConfig(),
+    kernels: KernelConfig | None = DEFAULT_KERNELS,
     held_out: Source | None = None,
     progress: bool = True,
 ) -> SAE:
-    """Train an SAE on streamed activations, on a GPU through the kernels; with ``held_out`` texts, measure its quality on them too."""
+    """Train an SAE on streamed activations; with ``held_out`` texts, measure its quality on them too."""
     facts = {
         "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
         "hook": str(hook),
@@ -312,7 +312,7 @@ def check_texts(lm: LM, source: Source, streaming: StreamConfig) -> None:
 def plan(
     lm: LM, hook: HookPoint, streaming: StreamConfig, training: TrainConfig, kernels: KernelConfig | None = None
 ) -> str:
-    """What training would do and hold, in tokens and megabytes; with ``kernels`` on a GPU, also how long a step takes."""
+    """What training would do and hold, in tokens and megabytes; on a GPU, with ``kernels``, also how long it takes."""
     steps = "one pass over the texts" if training.steps is None else f"{training.steps} steps"
     lines = [
         f"{training.rule} SAE of {training.n_latents} latents, k {training.k}, width {lm.d_model}, at {hook}",

@@ -25,12 +25,12 @@ def device() -> str:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh float buffers start as NaN, so an element that a kernel forgot to write shows."""
+    """Fresh buffers start as NaN or -1, so an element that a kernel forgot to write shows."""
 
     def poisoned(make):
         def wrapped(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
+            return x.fill_(float("nan") if x.is_floating_point() else -1)
 
         return wrapped
 

@@ -10,10 +10,8 @@ the same loss and the same gradients. Appends one row to results.csv.
 """
 
 import argparse
-import csv
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -21,9 +19,10 @@ from pathlib import Path
 
 import torch
 from sae_lens.saes.sae import TrainStepInput
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
+from experiments.bench import ledger
+from experiments.bench.peers import saelens
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.sparsity import TopK
 from sae_persona.sae.step import Weights
@@ -34,35 +33,6 @@ LR = 1e-4
 
 def ours(weights: Weights, k: int) -> PlainStep:
     return PlainStep(Weights(*(w.clone() for w in weights)), TopK(k), k_aux=None, auxk_coef=1 / 32, dead_after=10**9)
-
-
-def saelens(weights: Weights, k: int) -> tuple[TopKTrainingSAE, Callable[[Tensor], float]]:
-    n_latents, d_in = weights.w_enc.shape
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=n_latents, k=k))
-    with torch.no_grad():
-        for parameter, value in ((sae.W_enc, weights.w_enc.T), (sae.W_dec, weights.w_dec)):
-            parameter.copy_(value)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=LR)  # SAETrainer's: not fused
-    n_batches = 0
-
-    def step(x: Tensor) -> float:
-        nonlocal n_batches
-        inputs = TrainStepInput(
-            sae_in=x,
-            coefficients={},
-            dead_neuron_mask=torch.zeros(n_latents, dtype=torch.bool),
-            n_training_steps=n_batches,
-            is_logging_step=False,
-        )
-        output = sae.training_forward_pass(inputs)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        n_batches += 1
-        return output.loss.item()
-
-    return sae, step
 
 
 def planted(d_in: int, n_latents: int, k: int, batch: int, seed: int) -> tuple[Weights, list[Tensor]]:
@@ -82,7 +52,7 @@ def check(weights: Weights, x: Tensor, k: int) -> None:
     """Both compute one loss and one encoder gradient. RuntimeError if not."""
     mine = ours(weights, k)
     loss = mine.gradients(x).measures()["loss"]
-    sae, _ = saelens(weights, k)
+    sae, _ = saelens(weights, k, lr=LR)
     output = sae.training_forward_pass(TrainStepInput(x, {}, None, 0, False))
     output.loss.backward()
     assert sae.W_enc.grad is not None and mine.weights.w_enc.grad is not None
@@ -106,11 +76,6 @@ def measure(steps: dict[str, Callable[[Tensor], object]], batches: list[Tensor],
     return {name: torch.tensor(ms) for name, ms in times.items()}
 
 
-def commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "none"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
@@ -127,10 +92,14 @@ def main() -> None:
     load = round(os.getloadavg()[0], 1)
     weights, batches = planted(a.d_in, a.n_latents, a.k, a.batch, seed=0)
     check(weights, batches[0], a.k)
-    mine, (_, theirs) = ours(weights, a.k), saelens(weights, a.k)
+    mine, (_, theirs) = ours(weights, a.k), saelens(weights, a.k, lr=LR)
     ms = measure({"ours": lambda x: mine(x, LR).measures()["loss"], "sae_lens": theirs}, batches, max(10, a.rounds))
 
-    row: dict[str, object] = {"commit": commit(), "date": date.today().isoformat(), "machine": platform.machine()}
+    row: dict[str, object] = {
+        "commit": ledger.commit(),
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+    }
     row |= {
         "cores": os.cpu_count(),
         "load": load,
@@ -144,12 +113,7 @@ def main() -> None:
             row[f"{name}_ms_p{q}"] = round(values.quantile(q / 100).item(), 1)
     row["ratio"] = round((ms["sae_lens"].median() / ms["ours"].median()).item(), 2)
     row["rounds"] = max(10, a.rounds)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    ledger.append(RESULTS, row)
     for name, value in row.items():
         print(f"{name:16} {value}")
 

@@ -1,4 +1,4 @@
-"""Activations with a known dictionary, for benchmarks: sparse sums of unit atoms whose use falls off like Zipf's law."""
+"""Activations with a known dictionary, for benchmarks: sparse sums of unit atoms that are used by Zipf's law."""
 
 import torch
 from torch import Tensor

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 
 from sae_kernels.scalars import LR, M_FIX, STEP, V_FIX
+from sae_kernels.values import BETAS, EPS
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
 BETA1, BETA2, EPSILON = tl.constexpr(BETAS[0]), tl.constexpr(BETAS[1]), tl.constexpr(EPS)
 
 

@@ -26,9 +26,7 @@ MAX_DEAD = 2**15  # keys in the registers of one program
 
 
 @triton.jit
-def _keep_auxk_kernel(
-    pre_ptr, dead_ptr, kept_ptr, k_aux, m, n_latents, padded, M: tl.constexpr, SHIFT: tl.constexpr
-):
+def _keep_auxk_kernel(pre_ptr, dead_ptr, kept_ptr, k_aux, m, n_latents, padded, M: tl.constexpr, SHIFT: tl.constexpr):
     # grid (n,): program n writes kept[n, :]
     n = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, M)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sae_kernels.adam import adam
 from sae_kernels.scalars import FACTOR
+from sae_kernels.values import BLOCK_N
 
-BLOCK_N, BLOCK_D = 128, 128
+BLOCK_D = 128
 
 
 @triton.jit
@@ -43,7 +44,8 @@ def _bias_kernel(
     total = tl.zeros((8, BLOCK_D), tl.float32)
     for at in range(0, n_sums, 8):
         i = at + tl.arange(0, 8)
-        total += tl.load(sums_ptr + i[:, None] * d + j[None, :], mask=(i < n_sums)[:, None] & inside[None, :], other=0.0)
+        real = (i < n_sums)[:, None] & inside[None, :]
+        total += tl.load(sums_ptr + i[:, None] * d + j[None, :], mask=real, other=0.0)
     g = tl.sum(total, 0) * scale
     if UPDATE:
         factor = tl.load(scalars_ptr + FACTOR)

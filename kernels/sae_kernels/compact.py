@@ -14,11 +14,10 @@ JumpReLU:  those with pre > threshold[l] (they fire), or within half a bandwidth
 The level of a batch is found exactly without sorting it. Take the 2 k-th largest maximum of each token: half of the
 tokens hold 2 k values above the median of these, so all hold n * k, and the level is not below it. Only chunks whose
 maximum reaches that bound are read again; a histogram of their values, some bits at a time, gives the level and how
-many equal to it still have room. Nothing waits for the host. More entries than the capacity of JumpReLU: the last tokens lose theirs, and `offsets` stops at the capacity; the
-caller compares `active` with it. Oracles: `reference.batch_topk`, `reference.jump`.
+many equal to it still have room. Nothing waits for the host. Where JumpReLU has more entries than the capacity, the
+last tokens lose theirs and `offsets` stops at the capacity: the caller looks. Oracles: `reference.batch_topk`,
+`reference.jump`.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,23 +26,13 @@ from torch import Tensor
 
 from sae_kernels.keys import kth_largest, ordered
 from sae_kernels.select import check_maxima, warps_for
+from sae_kernels.values import Entries
 
 BINS = 2**12  # of a histogram: neighbours in bf16, from the bound up; or 12 bits of fp32
 COPIES = 16  # of a histogram, since most values want to be counted in few bins
 ALL_BINS = 2**15  # without a bound
 AT_ONCE = 16  # chunks that a program reads at once
 GROUP = 2**13  # tokens of which one program takes the median
-
-
-@dataclass(frozen=True)
-class Entries:
-    """What fires, as CSR; shapes above."""
-
-    acts: Tensor
-    idx: Tensor
-    offsets: Tensor
-    near: Tensor | None = None
-    active: Tensor | None = None
 
 
 @triton.jit
@@ -188,10 +177,8 @@ def _count_kernel(
 
 
 @triton.jit
-def _offsets_kernel(
-    above_ptr, equal_ptr, level_ptr, offsets_ptr, n, capacity, BLOCK: tl.constexpr, TIES: tl.constexpr
-):
-    # grid (1,): offsets from the counts, the first being there; TIES: those equal to the level have room for level[1] of them, first come
+def _offsets_kernel(above_ptr, equal_ptr, level_ptr, offsets_ptr, n, capacity, BLOCK: tl.constexpr, TIES: tl.constexpr):
+    # grid (1,): offsets from the counts, the first being there; TIES: of those equal to the level, the first level[1]
     first, equal_before = tl.load(offsets_ptr), 0
     for at in range(0, n, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -304,9 +291,7 @@ def _bound(maxima: Tensor, k: int, bf16: bool) -> Tensor:
     return bound
 
 
-def jump(
-    pre: Tensor, maxima: Tensor, threshold: Tensor, bandwidth: float, entries: Entries, *, first: int = 0
-) -> None:
+def jump(pre: Tensor, maxima: Tensor, threshold: Tensor, bandwidth: float, entries: Entries, *, first: int = 0) -> None:
     """Add what fires or is near its threshold [n_latents] fp32 to ``entries``.
 
     ``pre`` are those of tokens ``first`` and following, and the tokens before have been added.

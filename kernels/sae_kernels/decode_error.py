@@ -51,7 +51,8 @@ def _range_sum(
 
 @triton.jit
 def _acts_grads(
-    idx_ptr, w_ptr, inverse_norm_ptr, token_ptr, d_acts_ptr, pull, n, start, stop, scale, d, column, UNROLL: tl.constexpr
+    idx_ptr, w_ptr, inverse_norm_ptr, token_ptr, d_acts_ptr, pull, n, start, stop, scale, d, column,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write d_acts, and with the first block of columns token, of entries start to stop."""
     for first in range(start, stop, UNROLL):
@@ -70,7 +71,7 @@ def _decode_error_kernel(
     acts_ptr, idx_ptr, offsets_ptr, w_ptr, inverse_norm_ptr, x_ptr, b_ptr, pull_ptr, token_ptr, d_acts_ptr, squares_ptr,
     whole_ptr, scale, capacity, d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    # grid (n, blocks of columns): program (n, c) writes block c of pull[0, n, :], and its part of squares, whole, d_acts
+    # grid (n, blocks of columns): program (n, c) writes block c of pull[0, n, :], its part of squares, whole, d_acts
     n = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets_ptr + n), tl.load(offsets_ptr + n + 1)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -109,7 +110,7 @@ def _decode_prefixes_kernel(
     acts_ptr, idx_ptr, offsets_ptr, bounds_ptr, w_ptr, inverse_norm_ptr, x_ptr, b_ptr, pull_ptr, token_ptr, d_acts_ptr,
     squares_ptr, whole_ptr, scale, capacity, n_tokens, d, P: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    # grid (n, blocks of columns): program (n, c) writes block c of pull[:, n, :], and its part of squares, whole, d_acts
+    # grid (n, blocks of columns): program (n, c) writes block c of pull[:, n, :], its part of squares, whole, d_acts
     n = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets_ptr + n)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -80,13 +80,13 @@ def _encode_kernel(
             x = x_desc.load([at_n, step * BLOCK_D])
             w = w_desc.load([at_l, step * BLOCK_D])
             acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        i, l = at_n + tl.arange(0, BLOCK_N), at_l + tl.arange(0, BLOCK_L)
+        i, latent = at_n + tl.arange(0, BLOCK_N), at_l + tl.arange(0, BLOCK_L)
         if SCALED:
-            acc *= tl.load(w_scale_ptr + l, mask=l < n_latents, other=0.0)[None, :]
+            acc *= tl.load(w_scale_ptr + latent, mask=latent < n_latents, other=0.0)[None, :]
             acc *= tl.load(x_scale_ptr + i, mask=i < n, other=0.0)[:, None]
         if SIDE > 0:
             acc = tl.dot(x_side_desc.load([at_n, 0]), w_side_desc.load([at_l, 0]).T, acc)
-        acc += tl.load(b_ptr + l, mask=l < n_latents, other=float("-inf"))[None, :]
+        acc += tl.load(b_ptr + latent, mask=latent < n_latents, other=float("-inf"))[None, :]
         if HALVES:
             half: tl.constexpr = BLOCK_L // 2
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, half)), (0, 2, 1)))
@@ -113,8 +113,17 @@ def tile_for(n_latents: int, d: int, dtype: torch.dtype, side: int) -> Tile:
 
 
 def encode(
-    x: Tensor, w: Tensor, b: Tensor, *, pre: Tensor, maxima: Tensor, x_scale: Tensor | None = None,
-    w_scale: Tensor | None = None, side: int = 0, x_side: Tensor | None = None, w_side: Tensor | None = None,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    *,
+    pre: Tensor,
+    maxima: Tensor,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    side: int = 0,
+    x_side: Tensor | None = None,
+    w_side: Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
     """Fill ``pre`` and ``maxima``."""
@@ -133,10 +142,11 @@ def encode(
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     x_desc = TensorDescriptor.from_tensor(x, [t.n, t.d])
     w_desc = TensorDescriptor.from_tensor(w, [t.latents, t.d])
+    pre_desc = TensorDescriptor.from_tensor(pre[:, :n_latents], [t.n, t.latents // 2 if t.halves else t.latents])
     x_side_desc = TensorDescriptor.from_tensor(x_side, [t.n, side]) if side else x_desc
     w_side_desc = TensorDescriptor.from_tensor(w_side, [t.latents, side]) if side else w_desc
     _encode_kernel[(min(programs, triton.cdiv(n, t.n) * triton.cdiv(n_latents, t.latents)),)](
-        x_desc, w_desc, TensorDescriptor.from_tensor(pre[:, :n_latents], [t.n, t.latents // 2 if t.halves else t.latents]), x_side_desc, w_side_desc,
+        x_desc, w_desc, pre_desc, x_side_desc, w_side_desc,
         b, x_scale, w_scale, maxima, n, n_latents, d, maxima.shape[1],
         BLOCK_N=t.n, BLOCK_L=t.latents, BLOCK_D=t.d, GROUP=t.group, CHUNK=chunk, SCALED=x_scale is not None, SIDE=side,
         N_PROGRAMS=programs, FLATTEN=t.flatten, HALVES=t.halves, num_warps=t.warps, num_stages=t.stages,

@@ -4,7 +4,7 @@
     token, acts, near   [capacity]                   as `decode_error` and `compact` leave them; near may be None
     d_acts              [blocks, capacity]  fp32     parts, to be added up
 
-    latent              [capacity]          int16 | int32    ascending; n_latents at the end, in place of entries that are none
+    latent              [capacity]          int16 | int32    ascending; n_latents, for none, at the end
     token, acts, d_acts, near   [capacity]           of the same entries
     offsets             [n_latents + 1]     int32    latent l owns entries offsets[l] to offsets[l + 1]
 
@@ -13,26 +13,14 @@ sort with atomic cursors, whose order is arbitrary, was slower (0.17 to 0.29 ms 
 on an H200), since the cursors of frequent latents are in demand. Oracle: `reference.packed_lists`.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_kernels.values import PackedLists
+
 BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class PackedLists:
-    """Entries by latent; shapes above."""
-
-    latent: Tensor
-    token: Tensor
-    acts: Tensor
-    d_acts: Tensor
-    near: Tensor | None
-    offsets: Tensor
 
 
 @triton.jit

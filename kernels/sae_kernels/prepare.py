@@ -18,16 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_kernels.values import FP8_LARGEST
+
 FP8 = torch.float8_e4m3fn
-FP8_LARGEST = 448.0  # largest e4m3
 FP8_MAX = tl.constexpr(FP8_LARGEST)
 TINY = tl.constexpr(1e-30)  # a row of zeros has a scale, too
 
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr, order_ptr, mean_ptr, z_ptr, z8_ptr, z8_scale_ptr, scale, d_in, d, side, BLOCK: tl.constexpr, FP8: tl.constexpr,
-    REORDER: tl.constexpr,
+    x_ptr, order_ptr, mean_ptr, z_ptr, z8_ptr, z8_scale_ptr, scale, d_in, d, side,
+    BLOCK: tl.constexpr, FP8: tl.constexpr, REORDER: tl.constexpr,
 ):  # fmt: skip
     # grid (n,): program n writes row n
     n = tl.program_id(0).to(tl.int64)
@@ -47,8 +48,15 @@ def _prepare_kernel(
 
 
 def prepare(
-    x: Tensor, order: Tensor | None, mean: Tensor, scale: float, *, z: Tensor, z8: Tensor | None = None,
-    z8_scale: Tensor | None = None, side: int = 0,
+    x: Tensor,
+    order: Tensor | None,
+    mean: Tensor,
+    scale: float,
+    *,
+    z: Tensor,
+    z8: Tensor | None = None,
+    z8_scale: Tensor | None = None,
+    side: int = 0,
 ) -> None:
     """Fill ``z`` and, when given, ``z8`` and ``z8_scale``."""
     (n, d_in), d = x.shape, z.shape[1]
@@ -56,7 +64,18 @@ def prepare(
         raise ValueError(f"x must be floats [{len(z)}, {len(mean)}], got {x.dtype} {list(x.shape)}")
     block = triton.next_power_of_2(d)
     _prepare_kernel[(n,)](
-        x.contiguous(), order, mean, z, z8, z8_scale, scale, d_in, d, side, BLOCK=block, FP8=z8 is not None,
+        x.contiguous(),
+        order,
+        mean,
+        z,
+        z8,
+        z8_scale,
+        scale,
+        d_in,
+        d,
+        side,
+        BLOCK=block,
+        FP8=z8 is not None,
         REORDER=order is not None,
         num_warps=max(1, min(8, block // 256)),
     )

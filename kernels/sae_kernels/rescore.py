@@ -57,7 +57,9 @@ def rescore(candidates: Tensor, x: Tensor, w: Tensor, b: Tensor, k: int) -> tupl
     """The activations [n, k] and their latents [n, k]."""
     (n, m), d_in = candidates.shape, x.shape[1]
     if candidates.dtype != torch.int32 or not 1 <= k <= m:
-        raise ValueError(f"candidates must be int32 [n, at least k = {k}], got {candidates.dtype} {list(candidates.shape)}")
+        raise ValueError(
+            f"candidates must be int32 [n, at least k = {k}], got {candidates.dtype} {list(candidates.shape)}"
+        )
     if w.dtype != x.dtype or w.shape[1] != d_in or len(x) != n:
         raise ValueError(f"x and w must be {w.dtype} [{n}, {w.shape[1]}] and [n_latents, ...], got {list(x.shape)}")
     score, acts = (torch.empty(n, width, dtype=torch.float32, device=x.device) for width in (m, k))

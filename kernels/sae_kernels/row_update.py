@@ -29,14 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_kernels.adam import adam, store_moment, stochastic_bits
-from sae_kernels.packed_lists import PackedLists
+from sae_kernels.adam import adam, stochastic_bits, store_moment
 from sae_kernels.prepare import FP8_MAX, TINY
 from sae_kernels.scalars import AUX, COUNT, FACTOR
 from sae_kernels.split import halves, joined
+from sae_kernels.values import BLOCK, FP8_HEADROOM, AuxGrads, Latents, PackedLists, Rows
 
-BLOCK = 256  # entries that `block_sums` adds up at once
-FP8_HEADROOM = 1.125  # by how much a row's largest value may grow in a step
 FP8_ROOM = tl.constexpr(FP8_HEADROOM)
 
 
@@ -47,45 +45,6 @@ class Shape:
     columns: int
     warps: int
     unroll: int = 4
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A weight matrix and what its update needs; shapes above."""
-
-    high: Tensor
-    low: Tensor | None
-    m: Tensor
-    v: Tensor
-    inverse_norm: Tensor | None = None
-    fp8: Tensor | None = None
-    fp8_scale: Tensor | None = None
-    fp8_next: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What there is one of a latent, all [n_latents] fp32 but ``silent``, int64: tokens since the latent fired."""
-
-    b: Tensor
-    b_m: Tensor
-    b_v: Tensor
-    silent: Tensor
-    threshold: Tensor | None = None
-    threshold_m: Tensor | None = None
-    threshold_v: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class AuxGrads:
-    """Gradients of the dead rows [m, d]; the place of each latent among them, -1 for none: slot [n_latents] int32.
-
-    along   [m] fp32   encoder: gradients of b_enc. decoder: the part of each gradient along its row
-    """
-
-    rows: Tensor
-    slot: Tensor
-    along: Tensor
 
 
 @triton.jit
@@ -140,10 +99,10 @@ def _list_sums(
 
 
 @triton.jit
-def _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P: tl.constexpr):
+def _plane(rows_ptr, prefix_ptr, latent, n_tokens, d, P: tl.constexpr):
     """Where the rows begin that latent l is moved by: those of the first prefix that holds it."""
     for p in tl.static_range(P - 1):
-        rows_ptr += tl.where(l >= tl.load(prefix_ptr + p), 1, 0).to(tl.int64) * n_tokens * d
+        rows_ptr += tl.where(latent >= tl.load(prefix_ptr + p), 1, 0).to(tl.int64) * n_tokens * d
     return rows_ptr
 
 
@@ -185,22 +144,27 @@ def _block_sums_kernel(
 
 @triton.jit
 def _update_latent(
-    b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, l, n_tokens, d_b, d_theta,
-    fired, theta_faster, THRESHOLD: tl.constexpr,
+    b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, latent, n_tokens, d_b,
+    d_theta, fired, theta_faster, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    b, m, v = adam(tl.load(b_ptr + l), tl.load(b_m_ptr + l), tl.load(b_v_ptr + l), d_b, scalars_ptr)
-    tl.store(b_ptr + l, b)
-    tl.store(b_m_ptr + l, m)
-    tl.store(b_v_ptr + l, v)
+    b, m, v = adam(tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent), d_b, scalars_ptr)
+    tl.store(b_ptr + latent, b)
+    tl.store(b_m_ptr + latent, m)
+    tl.store(b_v_ptr + latent, v)
     if THRESHOLD:
         theta, m, v = adam(
-            tl.load(theta_ptr + l), tl.load(theta_m_ptr + l), tl.load(theta_v_ptr + l), d_theta, scalars_ptr, theta_faster
+            tl.load(theta_ptr + latent),
+            tl.load(theta_m_ptr + latent),
+            tl.load(theta_v_ptr + latent),
+            d_theta,
+            scalars_ptr,
+            theta_faster,
         )
-        tl.store(theta_ptr + l, tl.maximum(theta, 0.0))
-        tl.store(theta_m_ptr + l, m)
-        tl.store(theta_v_ptr + l, v)
-    silent = tl.load(silent_ptr + l) + n_tokens
-    tl.store(silent_ptr + l, tl.where(fired > 0, 0, silent))
+        tl.store(theta_ptr + latent, tl.maximum(theta, 0.0))
+        tl.store(theta_m_ptr + latent, m)
+        tl.store(theta_v_ptr + latent, v)
+    silent = tl.load(silent_ptr + latent) + n_tokens
+    tl.store(silent_ptr + latent, tl.where(fired > 0, 0, silent))
 
 
 @triton.jit
@@ -217,11 +181,11 @@ def _row_update_kernel(
     # nothing but that of the gradient. Programs of one block of columns run together: their rows fit into the cache
     factor = tl.load(scalars_ptr + FACTOR)
     if factor > 0:
-        l = tl.program_id(0).to(tl.int64)
+        latent = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
-        at = l * d + column
-        start, stop = tl.load(offsets_ptr + l), tl.load(offsets_ptr + l + 1)
+        at = latent * d + column
+        start, stop = tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1)
         # asked for first, so that they are on their way while the list is read
         w = _load_weight(high_ptr, low_ptr, at, inside, SPLIT)
         if UPDATE:
@@ -232,9 +196,10 @@ def _row_update_kernel(
         n_blocks = tl.maximum(stop // BLOCK - first, 0)
         theta = 0.0
         if THRESHOLD:
-            theta = tl.load(theta_ptr + l)
+            theta = tl.load(theta_ptr + latent)
+        plane = _plane(rows_ptr, prefix_ptr, latent, n_tokens, d, P)
         g, along, d_theta, fired = _list_sums(
-            token_ptr, acts_ptr, d_acts_ptr, near_ptr, _plane(rows_ptr, prefix_ptr, l, n_tokens, d, P), start, stop,
+            token_ptr, acts_ptr, d_acts_ptr, near_ptr, plane, start, stop,
             first * BLOCK, n_blocks * BLOCK, theta, tl.load(scalars_ptr + COUNT), d, column, inside, BLOCK_D, UNROLL,
             ENCODER, THRESHOLD,
         )  # fmt: skip
@@ -249,16 +214,16 @@ def _row_update_kernel(
             extras_ptr += 3
         if not ENCODER:
             g *= scale
-            w *= tl.load(inverse_norm_ptr + l)
+            w *= tl.load(inverse_norm_ptr + latent)
         if AUXK:
-            slot = tl.load(slot_ptr + l).to(tl.int64)
+            slot = tl.load(slot_ptr + latent).to(tl.int64)
             aux = tl.load(scalars_ptr + AUX)
             dead = inside & (tl.zeros_like(column) + slot >= 0)
             g += aux * tl.load(aux_ptr + slot * d + column, mask=dead, other=0.0).to(tl.float32)
             along += aux * tl.load(aux_along_ptr + slot, mask=slot >= 0, other=0.0)
         if not ENCODER:
             g -= along * w
-        part = parts_ptr + l * tl.num_programs(1) + tl.program_id(1)
+        part = parts_ptr + latent * tl.num_programs(1) + tl.program_id(1)
         if not UPDATE:
             norm = tl.sum(g * g)
             if ENCODER:
@@ -271,14 +236,14 @@ def _row_update_kernel(
             store_moment(v_ptr + at, v, noise >> 16, inside, ROUND)
             _store_weight(high_ptr, low_ptr, at, w, inside, SPLIT)
             if FP8:
-                tl.store(fp8_ptr + at, (w / tl.load(fp8_next_ptr + l)).to(tl.float8e4nv), mask=inside)
+                tl.store(fp8_ptr + at, (w / tl.load(fp8_next_ptr + latent)).to(tl.float8e4nv), mask=inside)
                 tl.store(part, tl.max(tl.abs(w)))
             if not ENCODER:
                 tl.store(part, tl.sum(w * w))
             if ENCODER:
                 if tl.program_id(1) == 0:
                     _update_latent(
-                        b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, l,
+                        b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, latent,
                         n_tokens, along * factor, d_theta * factor, fired, theta_faster, THRESHOLD,
                     )  # fmt: skip
 
@@ -290,17 +255,19 @@ def _finish_rows_kernel(
 ):  # fmt: skip
     # grid (blocks of latents,)
     if tl.load(scalars_ptr + FACTOR) > 0:
-        l = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         c = tl.arange(0, PARTS)
-        mask = (l < n_latents)[:, None] & (c < n_parts)[None, :]
-        parts = tl.load(parts_ptr + l[:, None] * n_parts + c[None, :], mask=mask, other=0.0)
+        mask = (latent < n_latents)[:, None] & (c < n_parts)[None, :]
+        parts = tl.load(parts_ptr + latent[:, None] * n_parts + c[None, :], mask=mask, other=0.0)
         if DECODER:
-            squares = tl.where(l < n_latents, tl.sum(parts, 1), 1.0)
-            tl.store(inverse_norm_ptr + l, tl.rsqrt(squares), mask=l < n_latents)
+            squares = tl.where(latent < n_latents, tl.sum(parts, 1), 1.0)
+            tl.store(inverse_norm_ptr + latent, tl.rsqrt(squares), mask=latent < n_latents)
         else:
-            tl.store(fp8_scale_ptr + l, tl.load(fp8_next_ptr + l, mask=l < n_latents), mask=l < n_latents)
+            tl.store(
+                fp8_scale_ptr + latent, tl.load(fp8_next_ptr + latent, mask=latent < n_latents), mask=latent < n_latents
+            )
             unit = tl.maximum(tl.max(parts, 1), TINY) * (FP8_ROOM / FP8_MAX)
-            tl.store(fp8_next_ptr + l, unit, mask=l < n_latents)
+            tl.store(fp8_next_ptr + latent, unit, mask=latent < n_latents)
 
 
 def shape_for(d: int) -> Shape:
@@ -324,10 +291,11 @@ def block_sums(
     extras = torch.empty(2, n_blocks, 3, dtype=torch.float32, device=x.device)
     if n_blocks:
         columns = min(256, triton.next_power_of_2(d))
+        constants = {"BLOCK": BLOCK, "BLOCK_D": columns, "THRESHOLD": threshold is not None}
+        entries = (lists.latent, lists.token, lists.acts, lists.d_acts, lists.near)
         _block_sums_kernel[(n_blocks, triton.cdiv(d, columns), 2)](
-            lists.latent, lists.token, lists.acts, lists.d_acts, lists.near, x, pull, prefixes, threshold, scalars, sums,
-            extras, len(lists.offsets) - 1, n_tokens, d, BLOCK=BLOCK, BLOCK_D=columns, THRESHOLD=threshold is not None,
-            P=1 if prefixes is None else len(prefixes), num_warps=2,
+            *entries, x, pull, prefixes, threshold, scalars, sums, extras, len(lists.offsets) - 1, n_tokens, d,
+            P=1 if prefixes is None else len(prefixes), num_warps=2, **constants,
         )  # fmt: skip
     return sums, extras
 
@@ -358,16 +326,17 @@ def row_update(
     n_parts = triton.cdiv(d, shape.columns)
     parts = torch.empty(n_latents, n_parts, dtype=torch.float32, device=rows.device) if norms is None else norms
     fp8 = encoder and weight.fp8 is not None
-    # who calls it the latents' extras: t is short for a long list of pointers
     t = latents or Latents(*[None] * 4)  # pyright: ignore[reportArgumentType]
+    one_each = (t.b, t.b_m, t.b_v, t.threshold, t.threshold_m, t.threshold_v, t.silent)
+    entries = (lists.offsets, lists.token, lists.acts, lists.d_acts, lists.near)
+    dead = (None, None, None) if aux is None else (aux.rows, aux.along, aux.slot)
+    constants = {"ENCODER": encoder, "THRESHOLD": t.threshold is not None, "AUXK": aux is not None, "FP8": fp8}
+    constants |= {"SPLIT": weight.low is not None, "ROUND": weight.m.dtype == torch.bfloat16, "UPDATE": norms is None}
     _row_update_kernel[(n_latents, n_parts)](
-        weight.high, weight.low, weight.m, weight.v, weight.inverse_norm, weight.fp8, weight.fp8_next, t.b, t.b_m, t.b_v,
-        t.threshold, t.threshold_m, t.threshold_v, t.silent, lists.offsets, lists.token, lists.acts, lists.d_acts,
-        lists.near, rows, prefixes, sums, extras, aux and aux.rows, aux and aux.along, aux and aux.slot, parts, scalars,
-        scale, threshold_faster, n_tokens, d,
-        BLOCK_D=shape.columns, UNROLL=shape.unroll, BLOCK=BLOCK, ENCODER=encoder, THRESHOLD=t.threshold is not None,
-        P=1 if encoder or prefixes is None else len(prefixes), AUXK=aux is not None, SPLIT=weight.low is not None,
-        ROUND=weight.m.dtype == torch.bfloat16, FP8=fp8, UPDATE=norms is None, num_warps=shape.warps,
+        weight.high, weight.low, weight.m, weight.v, weight.inverse_norm, weight.fp8, weight.fp8_next, *one_each,
+        *entries, rows, prefixes, sums, extras, *dead, parts, scalars, scale, threshold_faster, n_tokens, d,
+        BLOCK_D=shape.columns, UNROLL=shape.unroll, BLOCK=BLOCK, num_warps=shape.warps,
+        P=1 if encoder or prefixes is None else len(prefixes), **constants,
     )  # fmt: skip
     if norms is None and (fp8 or not encoder):
         _finish_rows_kernel[(triton.cdiv(n_latents, 128),)](

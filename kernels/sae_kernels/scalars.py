@@ -3,7 +3,7 @@
     scalars [9] fp32    places below; `begin` writes what the host knows, `conclude` what the step found
 
     LR, M_FIX, V_FIX     learning rate; 1 / (1 - beta^t) of Adam's two moments
-    FACTOR               what gradients are multiplied with: 1, less when they are clipped; 0: leave every weight as it is
+    FACTOR               what gradients are multiplied with: 1, less when they are clipped; 0: leave all as it is
     AUX                  weight of the AuxK gradients
     COUNT                gradient of the sparsity loss of JumpReLU with respect to one active entry
     STEP                 number of the step, from 1: seeds the stochastic rounding
@@ -18,7 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LR, M_FIX, V_FIX, FACTOR, AUX, COUNT, STEP, LOSS, FLAGGED = (tl.constexpr(i) for i in range(9))
+from sae_kernels import values
+
+LR, M_FIX, V_FIX = map(tl.constexpr, (values.LR, values.M_FIX, values.V_FIX))
+FACTOR, AUX, COUNT = map(tl.constexpr, (values.FACTOR, values.AUX, values.COUNT))
+STEP, LOSS, FLAGGED = map(tl.constexpr, (values.STEP, values.LOSS, values.FLAGGED))
 
 
 def new_scalars(device: torch.device | str) -> Tensor:
@@ -27,7 +31,7 @@ def new_scalars(device: torch.device | str) -> Tensor:
 
 @triton.jit
 def _begin_kernel(scalars_ptr, lr, m_fix, v_fix, step):
-    # grid (1,)
+    # grid (1,): one program writes all
     tl.store(scalars_ptr + LR, lr)
     tl.store(scalars_ptr + M_FIX, m_fix)
     tl.store(scalars_ptr + V_FIX, v_fix)
@@ -39,7 +43,7 @@ def _conclude_kernel(
     scalars_ptr, squares_ptr, active_ptr, n_dead_ptr, n_squares, n, k, sparsity_coef, auxk_coef, k_aux,
     BLOCK: tl.constexpr, JUMP: tl.constexpr, AUXK: tl.constexpr,
 ):  # fmt: skip
-    # grid (1,)
+    # grid (1,): one program writes all
     total, active = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
     for at in range(0, n_squares, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -61,7 +65,7 @@ def _conclude_kernel(
 
 @triton.jit
 def _clip_kernel(scalars_ptr, norms_ptr, n_norms, clip, BLOCK: tl.constexpr):
-    # grid (1,)
+    # grid (1,): one program writes all
     total = tl.zeros((BLOCK,), tl.float32)
     for at in range(0, n_norms, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -72,19 +76,23 @@ def _clip_kernel(scalars_ptr, norms_ptr, n_norms, clip, BLOCK: tl.constexpr):
 
 def begin(scalars: Tensor, lr: float, step: int, betas: tuple[float, float]) -> None:
     """Tell the device the learning rate and the bias corrections of step ``step``, counted from 1."""
-    _begin_kernel[(1,)](scalars, float(lr), 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step), float(step), num_warps=1)
+    m_fix, v_fix = (1 / (1 - beta**step) for beta in betas)
+    _begin_kernel[(1,)](scalars, float(lr), m_fix, v_fix, float(step), num_warps=1)
 
 
 def conclude(
     scalars: Tensor, squares: Tensor, *, active: Tensor | None = None, k: int = 1, sparsity_coef: float = 0.0,
     n_dead: Tensor | None = None, auxk_coef: float = 0.0, k_aux: int = 1,
 ) -> None:  # fmt: skip
-    """Write LOSS, FACTOR and FLAGGED from squares [blocks, n]; with ``active`` [n] int32 COUNT too, with ``n_dead`` [1] int32 AUX."""
+    """Write LOSS, FACTOR and FLAGGED from squares [blocks, n].
+
+    With ``active`` [n] int32 COUNT too, with ``n_dead`` [1] int32 AUX.
+    """
     n = squares.shape[-1]
     block = min(8192, triton.next_power_of_2(squares.numel()))
     _conclude_kernel[(1,)](
-        scalars, squares, active, n_dead, squares.numel(), n, float(k), float(sparsity_coef), float(auxk_coef), float(k_aux),
-        BLOCK=block, JUMP=active is not None, AUXK=n_dead is not None, num_warps=8,
+        scalars, squares, active, n_dead, squares.numel(), n, float(k), float(sparsity_coef), float(auxk_coef),
+        float(k_aux), BLOCK=block, JUMP=active is not None, AUXK=n_dead is not None, num_warps=8,
     )  # fmt: skip
 
 

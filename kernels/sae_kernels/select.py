@@ -41,9 +41,9 @@ def _select_kernel(
     tl.debug_barrier()
     j = tl.arange(0, K)
     chunk = tl.load(chunk_ptr + n * k + j, mask=j < n_chosen, other=0, cache_modifier=".cg")
-    l = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    candidate = (j < n_chosen)[:, None] & (l < n_latents)
-    pre = tl.load(pre_ptr + n * padded + l, mask=candidate, other=float("-inf")).to(tl.float32)
+    latent = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    candidate = (j < n_chosen)[:, None] & (latent < n_latents)
+    pre = tl.load(pre_ptr + n * padded + latent, mask=candidate, other=float("-inf")).to(tl.float32)
     pre, candidate = tl.reshape(pre, (K * CHUNK,)), tl.reshape(candidate, (K * CHUNK,))
     key = ordered(pre, SHIFT)
     # k chunks hold k values that reach the k-th largest maximum; with fewer chunks every value is a candidate
@@ -53,8 +53,8 @@ def _select_kernel(
     tl.store(acts_ptr + n * k + place, tl.maximum(pre, 0.0, propagate_nan=tl.PropagateNan.ALL), mask=chosen)
     # the chunks once more, so that no register holds the latents of all candidates meanwhile
     chunk = tl.load(chunk_ptr + n * k + j, mask=j < n_chosen, other=0, cache_modifier=".cg")
-    l = tl.reshape(chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :], (K * CHUNK,))
-    tl.store(idx_ptr + n * k + place, l, mask=chosen)
+    latent = tl.reshape(chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :], (K * CHUNK,))
+    tl.store(idx_ptr + n * k + place, latent, mask=chosen)
 
 
 def select(pre: Tensor, maxima: Tensor, n_latents: int, k: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from sae_kernels.auxk import MAX_DEAD, keep_auxk, row_dots, scaled_rows
-from sae_kernels.row_update import AuxGrads, Rows
+from sae_kernels.values import AuxGrads, Rows
 from torch import Tensor
 
 EVERY = 16  # steps between two readings of the number of dead latents

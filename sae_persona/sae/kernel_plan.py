@@ -54,6 +54,9 @@ class KernelConfig:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
 
+DEFAULT_KERNELS = KernelConfig()
+
+
 def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -104,7 +107,7 @@ def plan_step(
     n_dead   latents in the AuxK loss
     card     name of the GPU, as torch.cuda.get_device_name gives it
 
-    The floor is the encoder's product at the card's rate, and 24 bytes a parameter (the weights and both moments in fp32,
+    The floor is the encoder's product at the card's rate, and 24 bytes a parameter (weights and both moments in fp32,
     read and written) at the speed of a copy; the prediction is made of what the kernels really move.
     """
     d, fp8 = padded(d_in, PAD), config.precision == "fp8"

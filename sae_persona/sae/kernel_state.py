@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from sae_kernels.prepare import FP8, FP8_LARGEST
-from sae_kernels.row_update import FP8_HEADROOM, Latents, Rows
+from sae_kernels.prepare import FP8
 from sae_kernels.split import join, split
+from sae_kernels.values import FP8_HEADROOM, FP8_LARGEST, Latents, Rows
 from torch import Tensor
 
 from sae_persona.sae.kernel_plan import PAD, KernelConfig, padded
@@ -37,9 +37,11 @@ class KernelState:
     def make(
         cls, weights: Weights, threshold: Tensor | None, config: KernelConfig, device: torch.device, rms: Tensor | None
     ) -> Self:
-        """From fp32 weights, wherever they are; ``rms`` [d_in] of the activations tells the outliers among their columns."""
+        """From fp32 weights, wherever they are; ``rms`` [d_in] of the activations tells which columns are outliers."""
         n_latents, d_in = weights.w_enc.shape
-        order, side = outliers_first(rms.to(weights.w_enc.device)) if config.precision == "fp8" and rms is not None else (None, 0)
+        order, side = (
+            outliers_first(rms.to(weights.w_enc.device)) if config.precision == "fp8" and rms is not None else (None, 0)
+        )
         d = padded(d_in, PAD)
         encoder = _rows(_columns(weights.w_enc, order, d), config, device)
         if config.precision == "fp8":
@@ -62,8 +64,10 @@ class KernelState:
     @property
     def weights(self) -> Weights:
         """Copies in fp32, columns in the order of the activations, decoder rows of norm 1."""
-        w_enc, w_dec = (self._as_given(rows.high if rows.low is None else join(rows.high, rows.low)) for rows in
-                        (self.encoder, self.decoder))
+        w_enc, w_dec = (
+            self._as_given(rows.high if rows.low is None else join(rows.high, rows.low))
+            for rows in (self.encoder, self.decoder)
+        )
         w_dec.div_(torch.linalg.vector_norm(w_dec, dim=1, keepdim=True))
         return Weights(w_enc, self.latents.b.clone(), w_dec, self._as_given(self.b_dec[None])[0])
 

@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from sae_kernels.adam import BETAS
 from sae_kernels.bias_update import bias_update, column_sums
-from sae_kernels.compact import Entries, batch_topk, jump, new_entries
+from sae_kernels.compact import batch_topk, jump, new_entries
 from sae_kernels.decode_error import columns_for, decode_error
 from sae_kernels.encode import chunk_for, encode
-from sae_kernels.packed_lists import PackedLists, packed_lists
+from sae_kernels.packed_lists import packed_lists
 from sae_kernels.prepare import FP8, prepare
 from sae_kernels.rescore import rescore
-from sae_kernels.row_update import AuxGrads, Rows, Shape, block_sums, row_update, shape_for
-from sae_kernels.scalars import FLAGGED, LOSS, begin, clip_factor, conclude, new_scalars
+from sae_kernels.row_update import Shape, block_sums, row_update, shape_for
+from sae_kernels.scalars import begin, clip_factor, conclude, new_scalars
 from sae_kernels.select import select
+from sae_kernels.values import BETAS, FLAGGED, LOSS, AuxGrads, Entries, PackedLists, Rows
 from torch import Tensor
 
 from sae_persona.errors import ConfigError, RunError
@@ -58,7 +58,7 @@ class KernelSeen:
     def measures(self) -> dict[str, float]:
         """As `Seen.measures`; with fp8 also its recall. RunError if more latents fired than there was room for."""
         step, n = self.step, len(self.z)
-        loss = float(step.scalars[LOSS.value])
+        loss = float(step.scalars[LOSS])
         shares = {"auxk": 0.0 if self.left is None else step.auxk_share(self.left)}
         fires = int((self.entries.acts > 0).sum())
         if self.entries.active is not None:
@@ -159,7 +159,7 @@ class KernelStep:
     @property
     def flagged(self) -> int:
         """Steps that changed nothing, since their loss was not finite."""
-        return int(self.scalars[FLAGGED.value])
+        return int(self.scalars[FLAGGED])
 
     def wait(self) -> None:
         """Let the current stream wait for the decoder's update."""
@@ -221,7 +221,12 @@ class KernelStep:
         state, scale = self.state, 2 / len(z)
         bias, threshold = column_sums(pull[0]), state.latents.threshold
         blocks = block_sums(lists, z, pull, self.scalars, threshold=threshold, prefixes=self.prefixes)
-        encoder = {"sums": blocks, "latents": state.latents, "aux": aux_enc, "threshold_faster": threshold_lr(1.0, self.d_in)}
+        encoder = {
+            "sums": blocks,
+            "latents": state.latents,
+            "aux": aux_enc,
+            "threshold_faster": threshold_lr(1.0, self.d_in),
+        }
         decoder = {"sums": blocks, "scale": scale, "prefixes": self.prefixes, "aux": aux_dec}
         if self.clip is not None:
             size = self.n_latents * -(-z.shape[1] // shape_for(z.shape[1]).columns)
@@ -247,7 +252,11 @@ class KernelStep:
         if isinstance(self.rule, JumpReLU):
             found |= {"active": entries.active, "k": self.rule.k, "sparsity_coef": self.rule.coef}
         if dead is not None:
-            found |= {"n_dead": dead.n_dead, "auxk_coef": self.auxk_coef * squares.shape[1] / n_aux, "k_aux": self.k_aux}
+            found |= {
+                "n_dead": dead.n_dead,
+                "auxk_coef": self.auxk_coef * squares.shape[1] / n_aux,
+                "k_aux": self.k_aux,
+            }
         conclude(self.scalars, squares, **found)
 
     # ---- encoding
@@ -259,7 +268,9 @@ class KernelStep:
         fp8 = {}
         if self.fp8:
             fp8 = {"z8": self._buffer("z8", FP8, n, d), "z8_scale": self._buffer("z8_scale", torch.float32, n)}
-        prepare(x, self.state.order if self.state.side else None, self.mean, self.scale, z=z, side=self.state.side, **fp8)
+        prepare(
+            x, self.state.order if self.state.side else None, self.mean, self.scale, z=z, side=self.state.side, **fp8
+        )
         return z
 
     def _encoded(self, z: Tensor, dead: DeadSet | None) -> tuple[Entries, Tensor | None]:
@@ -280,7 +291,8 @@ class KernelStep:
                 entries = batch_topk(here, peaks, self.n_latents, rule.k)
             elif isinstance(rule, JumpReLU):
                 entries = entries or new_entries(n, int(self.config.spare * rule.k * n), self.n_latents, z.device)
-                jump(here, peaks, self.state.latents.threshold, rule.bandwidth, entries, first=at)
+                assert self.threshold is not None, "JumpReLU has thresholds"
+                jump(here, peaks, self.threshold, rule.bandwidth, entries, first=at)
             else:
                 picked.append(self._topk(z[part], here, peaks))
             if dead is not None and kept is not None and at < n_aux:
@@ -396,4 +408,3 @@ class KernelStep:
             self._graphs.clear()
             kept = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return kept[:size].view(shape)
-

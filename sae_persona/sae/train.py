@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_persona.errors import ConfigError, DataError, RunError
-from sae_persona.sae.kernel_plan import KernelConfig
+from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig
 from sae_persona.sae.model import SAE
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, ReLU, Rule, Threshold, TopK, TrainingRule, calibrate
@@ -109,7 +109,7 @@ def train(
     batches: Iterable[Tensor],
     config: TrainConfig,
     *,
-    kernels: KernelConfig | None = KernelConfig(),
+    kernels: KernelConfig | None = DEFAULT_KERNELS,
     out: Path | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
