@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_kernels.values import PackedLists
+from sae_kernels.values import LatentOrder, PackedLists
 
 BLOCK = 1024
 
@@ -43,20 +43,35 @@ def _gather_kernel(
         tl.store(near_out + p, tl.load(near_in + e, mask=inside), mask=inside)
 
 
-def packed_lists(
-    idx: Tensor, token: Tensor, acts: Tensor, d_acts: Tensor, n_latents: int, *, near: Tensor | None = None
-) -> PackedLists:
-    capacity, n_parts = len(idx), len(d_acts)
-    if idx.dtype != torch.int32 or any(t.shape[-1] != capacity for t in (token, acts, d_acts)) or d_acts.ndim != 2:
-        wanted = f"int32 [{capacity}], with token and acts [{capacity}] and d_acts [blocks, {capacity}]"
-        raise ValueError(f"idx must be {wanted}, got {idx.dtype}, {list(token.shape)}, {list(d_acts.shape)}")
+def latent_order(idx: Tensor, n_latents: int) -> LatentOrder:
+    """The first part of `packed_lists`, which needs nothing but idx: to be done beside the decode."""
+    if idx.dtype != torch.int32 or idx.ndim != 1:
+        raise ValueError(f"idx must be int32 [capacity], got {idx.dtype} {list(idx.shape)}")
     # a radix sort of half the bits takes half the passes
     latent, order = torch.sort(idx.short() if n_latents < 2**15 else idx, stable=True)
     bounds = torch.arange(n_latents + 1, dtype=latent.dtype, device=idx.device)
-    offsets = torch.searchsorted(latent, bounds, out_int32=True)
+    return LatentOrder(latent, order, torch.searchsorted(latent, bounds, out_int32=True))
+
+
+def packed_lists(
+    idx: Tensor,
+    token: Tensor,
+    acts: Tensor,
+    d_acts: Tensor,
+    n_latents: int,
+    *,
+    near: Tensor | None = None,
+    order: LatentOrder | None = None,
+) -> PackedLists:
+    """The lists; ``order`` is the `latent_order` of idx, if that is there already."""
+    capacity, n_parts = len(idx), len(d_acts)
+    if any(t.shape[-1] != capacity for t in (token, acts, d_acts)) or d_acts.ndim != 2:
+        wanted = f"token and acts [{capacity}] and d_acts [blocks, {capacity}] like idx"
+        raise ValueError(f"there must be {wanted}, got {list(token.shape)}, {list(acts.shape)}, {list(d_acts.shape)}")
+    order = order or latent_order(idx, n_latents)
     outs = torch.empty_like(token), torch.empty_like(acts), torch.empty_like(d_acts[0])
     near_out = None if near is None else torch.empty_like(near)
     _gather_kernel[(triton.cdiv(capacity, BLOCK),)](
-        order, token, acts, d_acts, near, *outs, near_out, capacity, n_parts, NEAR=near is not None, BLOCK=BLOCK
+        order.entry, token, acts, d_acts, near, *outs, near_out, capacity, n_parts, NEAR=near is not None, BLOCK=BLOCK
     )
-    return PackedLists(latent, *outs, near_out, offsets)
+    return PackedLists(order.latent, *outs, near_out, order.offsets)

@@ -27,6 +27,7 @@ from sae_kernels.values import (
     V_FIX,
     AuxGrads,
     Entries,
+    LatentOrder,
     Latents,
     PackedLists,
     Rows,
@@ -160,14 +161,20 @@ def decode_error(
         d_acts[0, start:stop] = scale * (pulls[group] * rows[latent]).sum(dim=1)
 
 
-def packed_lists(
-    idx: Tensor, token: Tensor, acts: Tensor, d_acts: Tensor, n_latents: int, *, near: Tensor | None = None
-) -> PackedLists:
+def latent_order(idx: Tensor, n_latents: int) -> LatentOrder:
     entries = [(idx == latent).nonzero().flatten() for latent in range(n_latents + 1)]
-    e = torch.cat(entries)
-    counts = torch.tensor([0] + [len(one) for one in entries[:-1]], device=idx.device)
-    offsets = counts.cumsum(0).int()
-    return PackedLists(idx[e], token[e], acts[e], d_acts.sum(dim=0)[e], None if near is None else near[e], offsets)
+    entry, counts = torch.cat(entries), torch.tensor([0] + [len(one) for one in entries[:-1]], device=idx.device)
+    return LatentOrder(idx[entry], entry, counts.cumsum(0).int())
+
+
+def packed_lists(
+    idx: Tensor, token: Tensor, acts: Tensor, d_acts: Tensor, n_latents: int, *, near: Tensor | None = None,
+    order: LatentOrder | None = None,
+) -> PackedLists:  # fmt: skip
+    order = latent_order(idx, n_latents)
+    e = order.entry
+    near = None if near is None else near[e]
+    return PackedLists(order.latent, token[e], acts[e], d_acts.sum(dim=0)[e], near, order.offsets)
 
 
 def keep_auxk(pre: Tensor, dead: Tensor, n_latents: int, k_aux: int, *, kept: Tensor | None = None) -> Tensor:
@@ -296,7 +303,7 @@ def row_update(
 
 
 def _encoder_terms(lists: PackedLists, x: Tensor, scalars: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What each entry adds to its latent's row [nnz, d]; to the gradients of b_enc and threshold, to firings [nnz, 3]."""
+    """What each entry adds to its latent's row [nnz, d]; to those of b_enc and threshold, and to firings [nnz, 3]."""
     nnz = int(lists.offsets[-1])
     latent, token = lists.latent[:nnz].long(), lists.token[:nnz].long()
     acts, d_acts = lists.acts[:nnz], lists.d_acts[:nnz]

@@ -16,7 +16,7 @@
 A program updates one block of columns of one row: nothing in it depends on another block, so the kernel streams like
 an elementwise one. What does is taken up a step later: the norm of the new row becomes its inverse_norm, and the
 largest of its values the next fp8 scale, with an eighth of room. No gradient is ever stored and no float added
-atomically; lists are summed in order, so every run gives the same bits. Whole blocks of 256 entries that belong to one
+atomically; lists are summed in order, so every run gives the same bits. Whole blocks of 128 entries that belong to one
 latent are summed beforehand (`block_sums`), so that a latent that fires everywhere does not hold up the rest. What
 belongs to a latent as a whole is updated in the encoder's pass: b_enc, the threshold, and the tokens since it fired.
 Oracle: `reference.row_update`.

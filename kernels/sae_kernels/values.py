@@ -8,7 +8,7 @@ LR, M_FIX, V_FIX, FACTOR, AUX, COUNT, STEP, LOSS, FLAGGED = range(9)  # places i
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's
 FP8_LARGEST = 448.0  # largest e4m3
 FP8_HEADROOM = 1.125  # by how much a row's largest value may grow in a step
-BLOCK = 256  # entries that `block_sums` adds up at once
+BLOCK = 128  # entries that `block_sums` adds up at once
 BLOCK_N = 128  # tokens that `column_sums` adds up at once
 
 
@@ -21,6 +21,15 @@ class Entries:
     offsets: Tensor
     near: Tensor | None = None
     active: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentOrder:
+    """Entries in the order of their latents: latent [capacity], entry [capacity] int64, offsets [n_latents + 1]."""
+
+    latent: Tensor
+    entry: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class KernelConfig:
     overlap: bool = True
     """Update the decoder while the next batch is encoded."""
     graph: bool | None = None
-    """Replay the step as a CUDA graph. None: where the step is small, and no latent is dead."""
+    """Replay the step as a CUDA graph. None: where the step is small."""
     auxk_tokens: float = 0.5
     """Share of a batch's tokens that the AuxK loss is the mean of: the batch is shuffled, so any are as good as all."""
     candidates: float = 2.0

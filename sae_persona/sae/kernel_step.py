@@ -12,8 +12,6 @@ counted in FLAGGED.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +19,7 @@ from sae_kernels.bias_update import bias_update, column_sums
 from sae_kernels.compact import batch_topk, jump, new_entries
 from sae_kernels.decode_error import columns_for, decode_error
 from sae_kernels.encode import chunk_for, encode
-from sae_kernels.packed_lists import packed_lists
+from sae_kernels.packed_lists import latent_order, packed_lists
 from sae_kernels.prepare import FP8, prepare
 from sae_kernels.rescore import rescore
 from sae_kernels.row_update import Shape, block_sums, row_update, shape_for
@@ -34,11 +32,13 @@ from sae_persona.errors import ConfigError, RunError
 from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, dead_set, keep, room_for
 from sae_persona.sae.kernel_plan import GRAPH_BELOW, KernelConfig, padded
 from sae_persona.sae.kernel_state import KernelState
+from sae_persona.sae.kernel_streams import Streams
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule
 from sae_persona.sae.step import Weights, threshold_lr
 
 BESIDE = Shape(256, 2)  # of the decoder's update beside the product, which leaves it few registers
 WARM = 3  # steps before one is captured as a graph
+MOST_GRAPHS = 4  # kept: one for each size of batch and of the room for dead latents
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,17 @@ class KernelStep:
         self._dead_count, self._late_recall = LateNumber(self.device), LateNumber(self.device)
         self._n_dead = self._room = 0
         self._dead: DeadSet | None = None
-        self._warm: dict[int, int] = {}
+        self._warm: dict[tuple[int, int], int] = {}
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, KernelSeen]] = {}
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
-        self._beside: object = None  # what the decoder's update still reads
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, KernelSeen, DeadSet | None]] = {}
+        self.streams = Streams(self.device)
+        self._read_later: object = None  # by the decoder's update
 
     def __call__(self, x: Tensor, lr: float) -> KernelSeen:
         """Take one step on x [n, d_in] with learning rate ``lr``."""
         self.steps += 1
         self._count_dead()
-        with self._stream(len(x)):
+        with self.streams.step(overlap=self.config.overlap and not self._small(len(x))):
             z = self._prepared(x)
             seen = self._replayed(z, lr) if self._replays(len(x)) else self._eager(z, lr)
             self._check_recall(seen)
@@ -163,8 +163,7 @@ class KernelStep:
 
     def wait(self) -> None:
         """Let the current stream wait for the decoder's update."""
-        if self._streams is not None:
-            torch.cuda.current_stream().wait_stream(self._streams[1])
+        self.streams.wait()
 
     def auxk_share(self, left: Tensor) -> float:
         """AuxK's share of the loss of a step that left so much of the error."""
@@ -180,15 +179,19 @@ class KernelStep:
         return self._learn(z, entries, self._dead, kept)
 
     def _replayed(self, z: Tensor, lr: float) -> KernelSeen:
-        """The same as a graph: one launch in place of twenty. AuxK is not in it."""
+        """The same as a graph: one launch in place of forty."""
         begin(self.scalars, lr, self.steps, BETAS)
-        if len(z) not in self._graphs:
+        key = len(z), self._room
+        if key not in self._graphs:
+            if len(self._graphs) == MOST_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                entries, _ = self._encoded(z, None)
-                seen = self._learn(z, entries, None, None)
-            self._graphs[len(z)] = graph, seen
-        graph, seen = self._graphs[len(z)]
+                dead = self._dead_set()
+                entries, kept = self._encoded(z, dead)
+                seen = self._learn(z, entries, dead, kept)
+            self._graphs[key] = graph, seen, dead
+        graph, seen, self._dead = self._graphs[key]
         graph.replay()
         return seen
 
@@ -202,11 +205,17 @@ class KernelStep:
         d_acts = self._buffer("d_acts", torch.float32, blocks, capacity)
         squares, whole = (self._buffer(name, torch.float32, blocks, n) for name in ("squares", "whole"))
         assert state.decoder.inverse_norm is not None, "a decoder's rows have norms"
+        # who fired which latent does not wait for the decode
+        with self.streams.aside():
+            order = latent_order(entries.idx, self.n_latents)
         decode_error(
             entries.acts, entries.idx, entries.offsets, state.decoder.high, state.decoder.inverse_norm, z, state.b_dec,
             2 / n, pull=pull, token=token, d_acts=d_acts, squares=squares, whole=whole, prefixes=self.prefixes,
         )  # fmt: skip
-        lists = packed_lists(entries.idx, token, entries.acts, d_acts, self.n_latents, near=entries.near)
+        self.streams.join()
+        lists = packed_lists(
+            entries.idx, token, entries.acts, d_acts, self.n_latents, near=entries.near, order=order
+        )  # fmt: skip
         self._conclude(squares, entries, dead, n if kept is None else len(kept))
         aux_enc = aux_dec = left = None
         if dead is not None and kept is not None:
@@ -219,33 +228,32 @@ class KernelStep:
         self, z: Tensor, pull: Tensor, lists: PackedLists, aux_enc: AuxGrads | None, aux_dec: AuxGrads | None
     ) -> None:
         state, scale = self.state, 2 / len(z)
-        bias, threshold = column_sums(pull[0]), state.latents.threshold
-        blocks = block_sums(lists, z, pull, self.scalars, threshold=threshold, prefixes=self.prefixes)
-        encoder = {
-            "sums": blocks,
-            "latents": state.latents,
-            "aux": aux_enc,
-            "threshold_faster": threshold_lr(1.0, self.d_in),
-        }
-        decoder = {"sums": blocks, "scale": scale, "prefixes": self.prefixes, "aux": aux_dec}
+        threshold, moments = state.latents.threshold, (state.b_dec, state.b_dec_m, state.b_dec_v)
+        with self.streams.aside():
+            columns = column_sums(pull[0])
+            if self.clip is None:
+                bias_update(*moments, columns, self.scalars, scale=scale)
+        sums = block_sums(lists, z, pull, self.scalars, threshold=threshold, prefixes=self.prefixes)
+        faster = threshold_lr(1.0, self.d_in)
+        encoder = {"sums": sums, "latents": state.latents, "aux": aux_enc, "threshold_faster": faster}
+        decoder = {"sums": sums, "scale": scale, "prefixes": self.prefixes, "aux": aux_dec}
         if self.clip is not None:
+            self.streams.join()
             size = self.n_latents * -(-z.shape[1] // shape_for(z.shape[1]).columns)
             norms = torch.empty(2 * size + z.shape[1], device=self.device)
             enc, dec, b = norms.split([size, size, z.shape[1]])
             row_update(self._encoder, lists, z, self.scalars, norms=enc, **encoder)
             row_update(state.decoder, lists, pull, self.scalars, norms=dec, **decoder)
-            bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, bias, self.scalars, scale=scale, norms=b)
+            bias_update(*moments, columns, self.scalars, scale=scale, norms=b)
             clip_factor(self.scalars, norms, self.clip)
+            bias_update(*moments, columns, self.scalars, scale=scale)
         row_update(self._encoder, lists, z, self.scalars, **encoder)
-        bias_update(state.b_dec, state.b_dec_m, state.b_dec_v, bias, self.scalars, scale=scale)
-        if self._streams is None:
-            row_update(state.decoder, lists, pull, self.scalars, **decoder)
-            return
-        main, side = self._streams
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            row_update(state.decoder, lists, pull, self.scalars, shape=BESIDE, **decoder)
-        self._beside = (lists, aux_dec, blocks)  # not to be freed, and so overwritten, before the next step has waited
+        self.streams.join()
+        shape = BESIDE if self.streams.overlapping else None
+        with self.streams.later():
+            row_update(state.decoder, lists, pull, self.scalars, shape=shape, **decoder)
+        # not to be freed, and so overwritten, before the next step has waited
+        self._read_later = (lists, aux_dec, sums, pull)
 
     def _conclude(self, squares: Tensor, entries: Entries, dead: DeadSet | None, n_aux: int) -> None:
         found = {}
@@ -348,9 +356,12 @@ class KernelStep:
     def _dead_set(self) -> DeadSet | None:
         if self._room == 0:
             return None
-        # more dead latents than there is ever room for take turns
-        turn = self.steps if self._n_dead > self._room else 0
-        return dead_set(self.silent, self.dead_after, self._room, turn)
+        return dead_set(self.silent, self.dead_after, self._room, self.steps if self._crowded else 0)
+
+    @property
+    def _crowded(self) -> bool:
+        """More latents are dead than there is ever room for: they take turns."""
+        return self._n_dead > self._room
 
     def _check_recall(self, seen: KernelSeen) -> None:
         if not self.fp8 or self.steps % self.config.recall_every:
@@ -376,27 +387,12 @@ class KernelStep:
         return 2.0 * n * self.d_in * self.n_latents < GRAPH_BELOW
 
     def _replays(self, n: int) -> bool:
-        """The step is a graph; not before its kernels have been compiled, and not with dead latents."""
-        if self.device.type != "cuda" or self._room or not self._small(n):
+        """The step is a graph; not before its kernels have been compiled, nor while dead latents take turns."""
+        if self.device.type != "cuda" or not self._small(n) or self._crowded:
             return False
-        self._warm[n] = self._warm.get(n, 0) + 1
-        return self._warm[n] > WARM
-
-    @contextmanager
-    def _stream(self, n: int) -> Iterator[None]:
-        """Run on a stream of higher priority than that of the decoder's update, if they are to overlap."""
-        if self.device.type != "cuda" or not self.config.overlap or self._small(n):
-            self.wait()
-            self._streams = None
-            yield
-            return
-        if self._streams is None:
-            self._streams = torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=0)
-        outer, main = torch.cuda.current_stream(), self._streams[0]
-        main.wait_stream(outer)
-        with torch.cuda.stream(main):
-            yield
-        outer.wait_stream(main)
+        key = n, self._room
+        self._warm[key] = self._warm.get(key, 0) + 1
+        return self._warm[key] > WARM
 
     def _buffer(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory kept between steps under a name, as much of it as asked for."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sae_kernels import packed_lists as module
 from sae_kernels import reference
-from sae_kernels.packed_lists import packed_lists
+from sae_kernels.packed_lists import latent_order, packed_lists
 
 gpu = pytest.mark.gpu
 SHAPES = [(1, 1, 1), (5, 30, 1), (9, 77, 3), (2**15, 40, 2), pytest.param((4097, 512 * 32 + 5, 2), marks=gpu)]
@@ -34,6 +34,17 @@ def test_matches_reference(shape, near, device, poison, agrees, monkeypatch):
     agrees(run, packed_lists, reference.packed_lists, inputs(*shape, device, near), torch.float32)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param((2**15, 16390, 1), marks=gpu)], ids=str)
+def test_the_order_matches_reference_and_serves_as_one_of_its_own(shape, device, poison):
+    args = inputs(*shape, device)
+    found, wanted = (op(args["idx"], shape[0]) for op in (latent_order, reference.latent_order))
+    for name, one in vars(wanted).items():
+        assert torch.equal(getattr(found, name).long(), one.long()), name
+    assert found.offsets.dtype == torch.int32
+    given, made = packed_lists(**args, order=found), packed_lists(**args)
+    assert all(torch.equal(getattr(given, name), one) for name, one in vars(made).items() if one is not None)
+
+
 def test_what_is_moved_keeps_its_bits(device, poison):
     """Also NaN, and where there is a single part."""
     args = inputs(9, 77, 1, device, near=True)
@@ -51,12 +62,16 @@ def test_entries_of_a_latent_come_by_rising_token(device):
 
 def test_refuses_what_the_contract_excludes(device):
     args = inputs(5, 30, 2, device)
+    for bad in (args["idx"].long(), args["idx"][None]):
+        with pytest.raises(ValueError, match=r"idx must be int32 \[capacity\]"):
+            latent_order(bad, 5)
+    with pytest.raises(ValueError, match="idx must be int32"):
+        packed_lists(**args | {"idx": args["idx"].long()})
     for bad in (
-        {"idx": args["idx"].long()},
         {"token": args["token"][1:]},
         {"acts": args["acts"][1:]},
         {"d_acts": args["d_acts"][:, 1:]},
         {"d_acts": args["d_acts"][0]},
     ):
-        with pytest.raises(ValueError, match=r"idx must be int32 \["):
+        with pytest.raises(ValueError, match=r"there must be token and acts \[30\] and d_acts \[blocks, 30\]"):
             packed_lists(**args | bad)
