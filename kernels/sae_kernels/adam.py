@@ -14,11 +14,16 @@ BETA1, BETA2, EPSILON = tl.constexpr(BETAS[0]), tl.constexpr(BETAS[1]), tl.const
 
 
 @triton.jit
-def adam(w, m, v, g, scalars_ptr, faster=1.0):
-    """The weight and both moments after a step with gradient g, at LR times ``faster``."""
+def adam(w, m, v, g, scalars_ptr, faster=1.0, EXACT: tl.constexpr = False):
+    """The weight and both moments after a step with gradient g, at LR times ``faster``.
+
+    EXACT rounds root and quotient as IEEE does; without, they are a unit or two off, and twice as fast.
+    """
     m = BETA1 * m + (1 - BETA1) * g
     v = BETA2 * v + (1 - BETA2) * g * g
     lr, m_fix, v_fix = tl.load(scalars_ptr + LR), tl.load(scalars_ptr + M_FIX), tl.load(scalars_ptr + V_FIX)
+    if EXACT:
+        return w - faster * lr * tl.div_rn(m * m_fix, tl.sqrt_rn(v * v_fix) + EPSILON), m, v
     return w - faster * lr * (m * m_fix) / (tl.sqrt(v * v_fix) + EPSILON), m, v
 
 

@@ -28,10 +28,10 @@ from sae_kernels.keys import kth_largest, ordered
 from sae_kernels.select import check_maxima, warps_for
 from sae_kernels.values import Entries
 
-BINS = 2**12  # of a histogram: neighbours in bf16, from the bound up; or 12 bits of fp32
-COPIES = 16  # of a histogram, since most values want to be counted in few bins
-ALL_BINS = 2**15  # without a bound
-AT_ONCE = 16  # chunks that a program reads at once
+BINS = 2**15  # of a histogram of the upper halves of positive keys
+LOW_BINS = 2**16  # of one of lower halves
+COPIES = 8  # of a histogram, since most values want to be counted in few bins
+AT_ONCE = 1024  # values, in whole chunks, that a program reads at once
 GROUP = 2**13  # tokens of which one program takes the median
 
 
@@ -57,13 +57,13 @@ def _bound_kernel(peaks_ptr, bound_ptr, n, GROUP: tl.constexpr):
 
 @triton.jit
 def _level_kernel(
-    histogram_ptr, bound_ptr, level_ptr, wanted, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
+    histogram_ptr, level_ptr, wanted, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     # grid (1,): level[0] the key that the `wanted` largest reach, level[1] how many of those that equal it.
-    # SHIFT 16 finds its upper half; then SHIFT 4 and 0 the next bits, of what level[1] still wants below the upper ones
+    # SHIFT 16 finds its upper half; then SHIFT 0 the lower, of what level[1] still wants below that
     remaining = wanted
-    if SHIFT < 16:
+    if SHIFT == 0:
         remaining = tl.load(level_ptr + 1)
     above, found, left = 0, -1, 0
     for step in range(BINS // BLOCK):
@@ -76,12 +76,11 @@ def _level_kernel(
         found = tl.maximum(found, tl.max(tl.where(here, bin, -1)))
         left += tl.sum(tl.where(here, remaining - (upto - count), 0))
         above += tl.sum(count)
-    if SHIFT == 16:
-        # fewer positive keys than wanted: all of them
-        level = tl.where(found < 0, 0, ((tl.maximum(tl.load(bound_ptr), 0) >> 16) + tl.maximum(found, 0)) << 16)
-    else:
-        level = tl.load(level_ptr) + (tl.maximum(found, 0) << SHIFT)
-    tl.store(level_ptr, level)
+    # fewer positive keys than wanted: all of them
+    upper = 0
+    if SHIFT == 0:
+        upper = tl.load(level_ptr)
+    tl.store(level_ptr, upper + (tl.maximum(found, 0) << SHIFT))
     tl.store(level_ptr + 1, left)
 
 
@@ -142,13 +141,11 @@ def _histogram_kernel(
         pre, _, real = _candidates(pre_ptr, chunk_ptr, n, at, count, n_latents, padded, n_chunks, CHUNK, AT_ONCE)
         key = ordered(pre, 0)
         if SHIFT == 16:
-            bound = tl.maximum(tl.load(bound_ptr), 0)
-            counted = real & (key >= tl.maximum(bound, 1))
-            bin = tl.minimum((key >> 16) - (bound >> 16), BINS - 1)
+            counted = real & (key >= tl.maximum(tl.load(bound_ptr), 1))
+            bin = key >> 16
         else:
-            above: tl.constexpr = 16 if SHIFT == 4 else 4
-            counted = real & (key > 0) & ((key >> above) == (tl.load(level_ptr) >> above))
-            bin = (key >> SHIFT) & ((1 << (above - SHIFT)) - 1)
+            counted = real & (key > 0) & ((key >> 16) == (tl.load(level_ptr) >> 16))
+            bin = key & 0xFFFF
         tl.atomic_add(histogram_ptr + bin, 1, mask=counted, sem="relaxed")
 
 
@@ -261,13 +258,15 @@ def batch_topk(pre: Tensor, maxima: Tensor, n_latents: int, k: int) -> Entries:
     level = torch.zeros(2, dtype=torch.int32, device=pre.device)
     chunk, count = _listed(maxima, bound=bound)
     read = (pre, chunk, count)
-    size, tile = (n_latents, pre.shape[1], n_chunks), {"CHUNK": chunk_size, "AT_ONCE": AT_ONCE, "num_warps": 2}
-    for shift in (16,) if bf16 else (16, 4, 0):
-        bins, copies = (BINS, COPIES) if bounded or shift < 16 else (ALL_BINS, 1)
+    size, tile = (
+        (n_latents, pre.shape[1], n_chunks),
+        {"CHUNK": chunk_size, "AT_ONCE": AT_ONCE // chunk_size, "num_warps": 2},
+    )
+    for shift, bins, copies in ((16, BINS, COPIES),) if bf16 else ((16, BINS, COPIES), (0, LOW_BINS, 1)):
         histogram = torch.zeros(copies, bins, dtype=torch.int32, device=pre.device)
         shape = {"SHIFT": shift, "BINS": bins, "COPIES": copies}
         _histogram_kernel[(n,)](*read, bound, level, histogram, *size, **shape, **tile)
-        _level_kernel[(1,)](histogram, bound, level, n * k, **shape, BLOCK=BINS, num_warps=8)
+        _level_kernel[(1,)](histogram, level, n * k, **shape, BLOCK=4096, num_warps=8)
     above, equal = torch.empty(2, n, dtype=torch.int32, device=pre.device)
     _count_kernel[(n,)](*read, level, None, above, equal, 0.0, *size, JUMP=False, **tile)
     found = new_entries(n, n * k, n_latents, pre.device, jumping=False)
@@ -308,7 +307,10 @@ def jump(pre: Tensor, maxima: Tensor, threshold: Tensor, bandwidth: float, entri
     # a little lower than any entry that counts, however the comparison in the kernel rounds
     chunk, count = _listed(maxima, floor=floor - 1e-6 * floor.abs().clamp(min=half))
     read = (pre, chunk, count)
-    size, tile = (n_latents, pre.shape[1], n_chunks), {"CHUNK": chunk_size, "AT_ONCE": AT_ONCE, "num_warps": 2}
+    size, tile = (
+        (n_latents, pre.shape[1], n_chunks),
+        {"CHUNK": chunk_size, "AT_ONCE": AT_ONCE // chunk_size, "num_warps": 2},
+    )
     above = torch.empty(n, dtype=torch.int32, device=pre.device)
     offsets, active = entries.offsets[first:], entries.active[first : first + n]
     _count_kernel[(n,)](*read, None, threshold, above, active, half, *size, JUMP=True, **tile)

@@ -4,7 +4,7 @@
     row[l, :]       = w_dec[l, :] * inverse_norm[l]
     squares[i]      = mean over p of |error[p, i, :]|^2
     whole[i]        = |error[P - 1, i, :]|^2
-    pull[g, i, :]   = 1/P * sum of error[p, i, :] over p >= g
+    pull[g, i, :]   = 1/P * sum of error[p, i, :] over p >= g       with P > 1 of errors rounded to the dtype of pull
     d_acts[e]       = scale * pull[g, i, :] . row[idx[e], :]        g the first prefix that holds idx[e]
 
     acts      [capacity]       fp32           entries of one token stand together, by ascending idx
@@ -148,14 +148,14 @@ def _decode_prefixes_kernel(
 
 
 def columns_for(d: int) -> int:
-    """Columns that one program takes: as many as fast, measured on an H200."""
-    return min(512, max(256, d & -d)) if d > 256 else triton.next_power_of_2(d)
+    """Columns that one program takes: few, so that many programs are at work on rows that many tokens share."""
+    return min(256, triton.next_power_of_2(d))
 
 
 def decode_error(
     acts: Tensor, idx: Tensor, offsets: Tensor, w_dec: Tensor, inverse_norm: Tensor, x: Tensor, b_dec: Tensor,
     scale: float, *, pull: Tensor, token: Tensor, d_acts: Tensor, squares: Tensor, whole: Tensor,
-    prefixes: Tensor | None = None, columns: int | None = None, tuned: dict | None = None,
+    prefixes: Tensor | None = None, columns: int | None = None,
 ) -> None:  # fmt: skip
     """Fill ``pull``, ``token``, ``d_acts``, ``squares`` and ``whole``.
 
@@ -173,7 +173,7 @@ def decode_error(
         raise ValueError(f"idx, offsets and token must be int32, got {idx.dtype}, {offsets.dtype}, {token.dtype}")
     if d_acts.shape != (blocks, capacity) or squares.shape != (blocks, n) or whole.shape != (blocks, n):
         raise ValueError(f"d_acts, squares and whole must be of {blocks} blocks of columns, got {list(d_acts.shape)}")
-    size = {"BLOCK_D": columns, "UNROLL": 4, "num_warps": max(1, columns // 256), **(tuned or {})}
+    size = {"BLOCK_D": columns, "UNROLL": 4, "num_warps": max(1, columns // 256)}
     outs = (pull, token, d_acts, squares, whole, scale, capacity)
     if prefixes is None:
         _decode_error_kernel[(n, blocks)](acts, idx, offsets, w_dec, inverse_norm, x, b_dec, *outs, d, **size)

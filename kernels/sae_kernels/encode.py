@@ -13,7 +13,7 @@
     pre           [n, padded]             fp32 | bf16           padded >= n_latents, a multiple of the chunk
     maxima        [n, padded / chunk]     as pre                chunk 32 or 64: `chunk_for` says which is faster
 
-Summed in fp32 and rounded once. Columns of `pre` from n_latents on are not written and count for nothing. The top k
+Summed in fp32 and rounded once. Columns of `pre` from n_latents on are -inf. The top k
 of a row lie in the k chunks with the largest maxima, so `select` reads k chunks of it in place of all: the
 maxima come free with the product. One program a multiprocessor takes tile after tile, loads by TMA.
 Oracle: `reference.encode`.
@@ -142,7 +142,7 @@ def encode(
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     x_desc = TensorDescriptor.from_tensor(x, [t.n, t.d])
     w_desc = TensorDescriptor.from_tensor(w, [t.latents, t.d])
-    pre_desc = TensorDescriptor.from_tensor(pre[:, :n_latents], [t.n, t.latents // 2 if t.halves else t.latents])
+    pre_desc = TensorDescriptor.from_tensor(pre, [t.n, t.latents // 2 if t.halves else t.latents])
     x_side_desc = TensorDescriptor.from_tensor(x_side, [t.n, side]) if side else x_desc
     w_side_desc = TensorDescriptor.from_tensor(w_side, [t.latents, side]) if side else w_desc
     _encode_kernel[(min(programs, triton.cdiv(n, t.n) * triton.cdiv(n_latents, t.latents)),)](

@@ -97,9 +97,9 @@ def encode(
         product = product * x_scale[:, None] * w_scale
     if x_side is not None and w_side is not None:
         product = product + _wide(x_side)[:, :side] @ _wide(w_side)[:, :side].T
+    pre.fill_(-torch.inf)
     pre[:, : len(w)] = product + b
-    real = torch.nn.functional.pad(pre[:, : len(w)], (0, pre.shape[1] - len(w)), value=-torch.inf)
-    maxima.copy_(real.view(*maxima.shape, -1).amax(dim=2))
+    maxima.copy_(pre.view(*maxima.shape, -1).amax(dim=2))
 
 
 def select(pre: Tensor, maxima: Tensor, n_latents: int, k: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def jump(pre: Tensor, maxima: Tensor, threshold: Tensor, bandwidth: float, entri
 def decode_error(
     acts: Tensor, idx: Tensor, offsets: Tensor, w_dec: Tensor, inverse_norm: Tensor, x: Tensor, b_dec: Tensor,
     scale: float, *, pull: Tensor, token: Tensor, d_acts: Tensor, squares: Tensor, whole: Tensor,
-    prefixes: Tensor | None = None, columns: int | None = None, tuned: dict | None = None,
+    prefixes: Tensor | None = None, columns: int | None = None,
 ) -> None:  # fmt: skip
     """All in the first of the blocks, whose sum is meant."""
     rows = _wide(w_dec) * inverse_norm[:, None]
@@ -152,7 +152,8 @@ def decode_error(
         latent = idx[start:stop].long()
         terms = acts[start:stop, None] * rows[latent]
         errors = torch.stack([terms[latent < size].sum(dim=0) + b_dec - _wide(x)[i] for size in sizes])
-        pulls = torch.stack([errors[g:].sum(dim=0) / len(sizes) for g in range(len(sizes))])
+        kept = errors if len(sizes) == 1 else errors.to(pull.dtype).to(errors.dtype)
+        pulls = torch.stack([kept[g:].sum(dim=0) / len(sizes) for g in range(len(sizes))])
         pull[:, i] = pulls
         token[start:stop] = i
         squares[0, i], whole[0, i] = errors.square().sum() / len(sizes), errors[-1].square().sum()

@@ -147,19 +147,14 @@ def _update_latent(
     b_ptr, b_m_ptr, b_v_ptr, theta_ptr, theta_m_ptr, theta_v_ptr, silent_ptr, scalars_ptr, latent, n_tokens, d_b,
     d_theta, fired, theta_faster, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    b, m, v = adam(tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent), d_b, scalars_ptr)
+    b, m, v = tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent)
+    b, m, v = adam(b, m, v, d_b, scalars_ptr, 1.0, True)
     tl.store(b_ptr + latent, b)
     tl.store(b_m_ptr + latent, m)
     tl.store(b_v_ptr + latent, v)
     if THRESHOLD:
-        theta, m, v = adam(
-            tl.load(theta_ptr + latent),
-            tl.load(theta_m_ptr + latent),
-            tl.load(theta_v_ptr + latent),
-            d_theta,
-            scalars_ptr,
-            theta_faster,
-        )
+        theta, m, v = tl.load(theta_ptr + latent), tl.load(theta_m_ptr + latent), tl.load(theta_v_ptr + latent)
+        theta, m, v = adam(theta, m, v, d_theta, scalars_ptr, theta_faster, True)
         tl.store(theta_ptr + latent, tl.maximum(theta, 0.0))
         tl.store(theta_m_ptr + latent, m)
         tl.store(theta_v_ptr + latent, v)

@@ -89,10 +89,10 @@ def conclude(
     With ``active`` [n] int32 COUNT too, with ``n_dead`` [1] int32 AUX.
     """
     n = squares.shape[-1]
-    block = min(8192, triton.next_power_of_2(squares.numel()))
+    block = min(32768, triton.next_power_of_2(squares.numel()))
     _conclude_kernel[(1,)](
         scalars, squares, active, n_dead, squares.numel(), n, float(k), float(sparsity_coef), float(auxk_coef),
-        float(k_aux), BLOCK=block, JUMP=active is not None, AUXK=n_dead is not None, num_warps=8,
+        float(k_aux), BLOCK=block, JUMP=active is not None, AUXK=n_dead is not None, num_warps=16,
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def dead_set(silent: Tensor, dead_after: int, room: int, turn: int) -> DeadSet:
     idx = torch.where(found < 0, n_latents, (found + first) % n_latents)
     slot = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=silent.device)
     slot[idx] = torch.arange(room, dtype=torch.int32, device=silent.device)
-    slot[n_latents] = -1
+    slot[n_latents:].fill_(-1)  # not = -1, which would copy from the host, and cannot be captured in a graph
     return DeadSet(idx.int(), dead.sum().int().clamp(max=room), slot[:n_latents])
 
 

@@ -21,9 +21,7 @@ TIGHT = ("_encode_kernel", "_select_kernel", "_row_update_kernel", "_decode_erro
 
 
 def compiled() -> list[dict]:
-    root = Path(__file__).parents[2] / "kernels"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"]] * ("PYTHONPATH" in env) + [str(root)])
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -144,15 +142,13 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     topk = Latents(of_latents, of_latents, of_latents, silent)
     jumping = Latents(*[of_latents] * 3, silent, *[of_latents] * 3)
     aux = AuxGrads(room(64, d, dtype=bf16), room(n_latents, dtype=int32), room(64))
-    sums = block_sums(lists, z, z[None], scalars)
-    block_sums(lists, z, pull, scalars, threshold=of_latents, prefixes=prefixes)
-    for moments in (torch.float32, bf16):
-        m = room(n_latents, d, dtype=moments)
-        plain, copied = Rows(w, low, m, m, of_latents), Rows(w, low, m, m, None, w8, of_latents, of_latents)
-        row_update(plain, lists, z, scalars, sums=sums, latents=topk)
-        row_update(copied, lists, z, scalars, sums=sums, latents=topk)
-        row_update(plain, lists, z, scalars, sums=sums)
-        row_update(plain, lists, z, scalars, sums=sums, shape=Shape(256, 2))
+    sums = block_sums(lists, z, pull, scalars, threshold=of_latents, prefixes=prefixes)
+    m, m16 = (room(n_latents, d, dtype=dtype) for dtype in (torch.float32, bf16))
+    row_update(Rows(w, low, m, m), lists, z, scalars, sums=sums, latents=topk)
+    row_update(Rows(w, low, m16, m16, None, w8, of_latents, of_latents), lists, z, scalars, sums=sums, latents=topk)
+    row_update(Rows(w, low, m, m, of_latents), lists, z, scalars, sums=sums)
+    row_update(Rows(w, low, m, m, of_latents), lists, z, scalars, sums=sums, shape=Shape(256, 2))
+    plain = Rows(w, low, m16, m16, of_latents)
     norms = room(n_latents, blocks)
     row_update(plain, lists, z, scalars, sums=sums, latents=jumping, aux=aux)
     row_update(plain, lists, z, scalars, sums=sums, latents=jumping, aux=aux, norms=norms)
