@@ -74,7 +74,7 @@ def draw(ax: Axes, found: dict[str, Points], fastest: dict[int, str], *, another
             colour = LINES[name][0]
             ax.annotate(words, (n_latents, ms), shift, textcoords="offset points", ha=align, color=colour, fontsize=9)
     ax.set(xscale="log", yscale="log", xlabel="latents in the dictionary", ylabel="milliseconds a step")
-    ax.set_xlim(widths[0] / 1.5, widths[-1] * 1.5)
+    ax.set_xlim(widths[0] / 1.7, widths[-1] * 1.5)
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5)]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))

@@ -157,6 +157,11 @@ class KernelStep:
         return self.silent >= self.dead_after
 
     @property
+    def loss(self) -> Tensor:
+        """The main loss of the last step, on the device: [] fp32."""
+        return self.scalars[LOSS]
+
+    @property
     def flagged(self) -> int:
         """Steps that changed nothing, since their loss was not finite."""
         return int(self.scalars[FLAGGED])

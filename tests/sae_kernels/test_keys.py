@@ -34,7 +34,13 @@ def rows():
     wide = torch.randn(SIZE) * 10.0 ** torch.randint(-30, 30, (SIZE,))
     wide[3], wide[4], wide[5] = -INF, INF, 0.0
     near = 1 + torch.arange(SIZE).flip(0) * 2.0**-23
-    return {"wide": wide, "near": near, "ties": torch.randint(3, (SIZE,)).float(), "equal": torch.full((SIZE,), -2.0)}
+    return {
+        "wide": wide,
+        "near": near,
+        "below 0": -near,
+        "ties": torch.randint(3, (SIZE,)).float(),
+        "equal": torch.full((SIZE,), -2.0),
+    }
 
 
 @pytest.mark.parametrize("name", rows())
