@@ -115,6 +115,16 @@ def test_a_dry_run_makes_nothing(call, texts, tmp_path):
     assert not out.exists()
 
 
+def test_a_dry_run_tells_what_a_gpu_would_take_where_there_is_none(call, texts, tmp_path):
+    flags = ("--hook", "3", "--n-latents", "64k", "--out", tmp_path / "run", "--dry-run", "--device", "cuda")
+    code, shown, err = call("train", "lab", texts / "corpus.jsonl", *flags)
+    assert code == 0, err
+    assert "MB  moments" in shown and "MB  in all" in shown and "ms predicted; the floor is" in shown
+    code, shown, err = call("train", "lab", texts / "corpus.jsonl", *flags, "--precision", "fp8")
+    assert code == 2 and shown == ""
+    assert "precision fp8 is for rule topk, got batch_topk: choose bf16, or --rule topk" in err
+
+
 def test_the_answer_can_be_no(call, run, tmp_path):
     """Labels thrown like a coin: nothing to find, and the exit status says so."""
     coin = Random(0)

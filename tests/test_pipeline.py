@@ -1,10 +1,18 @@
 import numpy as np
 import pytest
+import torch
 
+from sae_persona import pipeline
+from sae_persona.activations.lm import load_lm
+from sae_persona.activations.stream import StreamConfig
 from sae_persona.errors import ModelError, RunError
 from sae_persona.features.measure import Measurement
+from sae_persona.lab import corpora
 from sae_persona.pipeline import candidates, edits_of, matched_latents, open_model, open_ranking, rates_at
 from sae_persona.runs import Run, write_json
+from sae_persona.sae.formats import load_sae
+from sae_persona.sae.train import Diverged, TrainConfig
+from sae_persona.types import HookPoint
 
 
 def test_matched_latents_fire_about_as_often_and_are_not_taken():
@@ -46,3 +54,26 @@ def test_a_model_that_has_changed_since_is_refused(demo_run, tmp_path):
     write_json(run.path / "manifest.json", manifest)
     with pytest.raises(ModelError, match="is not the model that .* was made with"):
         open_model(run)
+
+
+def test_training_that_diverges_keeps_the_last_good_sae_beside_the_run(demo_run, tmp_path, monkeypatch):
+    good = load_sae(demo_run.sae)
+
+    def diverge(*args, **kwargs):
+        raise Diverged("the loss is inf at step 7", good)
+
+    monkeypatch.setattr(pipeline, "train", diverge)
+    with (
+        pytest.raises(RunError, match=r"inf at step 7\. The SAE of the last good step is in .*run\.last_good"),
+        Run.making(tmp_path / "run") as run,
+    ):
+        pipeline.train_stage(
+            run,
+            load_lm("lab"),
+            HookPoint(3),
+            list(corpora.corpus(5)),
+            streaming=StreamConfig(batch_tokens=64, buffer_tokens=64),
+            training=TrainConfig(n_latents=64, k=4),
+        )
+    assert not (tmp_path / "run").exists()
+    torch.testing.assert_close(load_sae(tmp_path / "run.last_good").w_dec, good.w_dec)

@@ -76,6 +76,7 @@ RATES = {
     "H100": Rates(bf16=6.9e14, fp8=1.25e15, copy=3.0e12),
 }
 STREAMED = 0.86  # of the copy's speed is what the row update reaches
+HIDDEN = 0.35  # of the decoder's update is what the next product hides
 GATHERED = 1.1  # of it, with hits in the cache, is what reading scattered rows reaches
 
 
@@ -121,7 +122,7 @@ def plan_step(
         "moments": parameters * 2 * moment,
         "activations and errors": n * d * (value * (1.0 + n_prefixes) + (1 if fp8 else 0)),
         "pre-activations of a slice": tokens * padded(n_latents, 64) * value * (1 + 1 / 32),
-        "entries and lists": capacity * (60 + d / 64 + 4 * d / 256),
+        "entries and lists": capacity * (60.0 + 4 * d / 256 + 8 * d / 128),
     }
     if n_dead:
         memory["AuxK"] = n_aux * (n_dead * 3.0 + d) * value + 3.0 * n_dead * d * value
@@ -132,6 +133,9 @@ def plan_step(
     candidates = config.candidates if fp8 else 0
     rows = n * k * d * value * (2 + n_prefixes / 2 + candidates)
     seconds = product / (rates.fp8 if fp8 else rates.bf16)
-    seconds += moved / rates.copy / STREAMED + rows / rates.copy / GATHERED + 1e-4
+    update = moved / rates.copy / STREAMED
+    if config.overlap and product > GRAPH_BELOW:
+        update *= 1 - HIDDEN / 2  # the decoder's half
+    seconds += update + rows / rates.copy / GATHERED + 1e-4
     seconds += 8.0 * n_aux * n_dead * d / rates.bf16
     return StepPlan(memory, 1e3 * floor, 1e3 * seconds)

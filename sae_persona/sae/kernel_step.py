@@ -38,6 +38,7 @@ from sae_persona.sae.step import Weights, threshold_lr
 
 BESIDE = Shape(256, 2)  # of the decoder's update beside the product, which leaves it few registers
 WARM = 3  # steps before one is captured as a graph
+ROWS = 1024  # of a tensor that is looked at in fp32 at once
 MOST_GRAPHS = 4  # kept: one for each size of batch and of the room for dead latents
 
 
@@ -67,9 +68,7 @@ class KernelSeen:
                 raise RunError(f"{l0:.0f} latents fire on a token, more than there is room for: raise spare, or k")
             assert isinstance(step.rule, JumpReLU), "the others count no active latents"
             shares["sparsity"] = float(step.rule.loss(torch.tensor(l0)))
-        z = self.z.float()
-        variance = float((z - z.mean(dim=0)).square().sum())
-        found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / variance}
+        found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / _variance(self.z)}
         found["l0"] = fires / n
         if step.recall is not None:
             found["recall"] = step.recall
@@ -378,7 +377,9 @@ class KernelStep:
                 self._graphs.clear()
                 return
         rows, k = min(self.config.recall_rows, len(seen.z)), self.rule.k
-        exact = torch.mm(seen.z[:rows].float(), self.state.encoder.high.T.float()) + self.state.latents.b
+        z = seen.z[:rows].float()
+        exact = torch.cat([z @ part.float().T for part in self.state.encoder.high.split(ROWS)], dim=1)
+        exact += self.state.latents.b
         best = exact.topk(k, dim=1).indices
         hit = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, seen.entries.idx.view(-1, k)[:rows].long(), True)
         self._late_recall.write(hit.gather(1, best).float().mean())
@@ -409,3 +410,10 @@ class KernelStep:
             self._graphs.clear()
             kept = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return kept[:size].view(shape)
+
+
+def _variance(z: Tensor) -> float:
+    """Squared distance of the rows [n, d] from their mean, summed; in parts, since a copy in fp32 may not fit."""
+    total = torch.stack([part.double().sum(dim=0) for part in z.split(ROWS)]).sum(dim=0)
+    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in z.split(ROWS))
+    return squares - float(total.square().sum()) / len(z)

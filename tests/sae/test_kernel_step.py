@@ -18,6 +18,7 @@ from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK
 from sae_persona.sae.step import Weights
 
 gpu = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, in Triton's interpreter
 N, D_IN, N_LATENTS, K, DEAD_AFTER = 7, 20, 34, 3, 1000  # of d_in padded to 32, and no whole chunk of latents
 JUMP = JumpReLU(K, bandwidth=0.5, coef=20.0)
 NESTED = (5, 20, N_LATENTS)
@@ -37,7 +38,7 @@ CASES = {  # rule, settings of the step, of the kernels, dead latents
 }
 
 
-def weights(n_latents=N_LATENTS, d_in=D_IN, device="cpu") -> Weights:
+def weights(n_latents=N_LATENTS, d_in=D_IN, device=DEVICE) -> Weights:
     g = torch.Generator().manual_seed(1)
     w = torch.nn.functional.normalize(torch.randn(n_latents, d_in, generator=g), dim=1)
     b_enc, b_dec = 0.1 * torch.randn(n_latents, generator=g), 0.1 * torch.randn(d_in, generator=g)
@@ -46,16 +47,16 @@ def weights(n_latents=N_LATENTS, d_in=D_IN, device="cpu") -> Weights:
 
 def batches(count=2) -> list[Tensor]:
     g = torch.Generator().manual_seed(2)
-    return [1.5 * torch.randn(N, D_IN, generator=g) + 1 for _ in range(count)]
+    return [(1.5 * torch.randn(N, D_IN, generator=g) + 1).to(DEVICE) for _ in range(count)]
 
 
 def make(cls, rule, *, n_dead=0, config=None, d_in=D_IN, **settings):
-    threshold = torch.full((N_LATENTS,), 1.2) if isinstance(rule, JumpReLU) else None
+    threshold = torch.full((N_LATENTS,), 1.2, device=DEVICE) if isinstance(rule, JumpReLU) else None
     if cls is KernelStep:
         settings["config"] = KernelConfig(precision="fp32", auxk_tokens=1.0, **(config or {}))
     step = cls(
         weights(), rule, threshold=threshold, k_aux=8, auxk_coef=0.5 if n_dead else 0.0, dead_after=DEAD_AFTER,
-        mean=torch.linspace(0.5, 1.5, D_IN), scale=0.8, **settings,
+        mean=torch.linspace(0.5, 1.5, D_IN, device=DEVICE), scale=0.8, **settings,
     )  # fmt: skip
     step.silent[:n_dead] = DEAD_AFTER
     if cls is KernelStep and n_dead:
@@ -230,7 +231,9 @@ def planted(count: int, *, outliers: int = 0, n: int = 2048, d_in: int = 512) ->
 
 def on_gpu(rule=None, *, rms=None, n_dead=0, **config) -> KernelStep:
     rule = rule or TopK(SIZES["k"])
-    threshold = torch.full((SIZES["n_latents"],), 2.5, device="cuda") if isinstance(rule, JumpReLU) else None
+    # between two neighbours in bf16: at one of them, half of what rounds to it would fire in fp32 and not here
+    level = 2.5 + 2**-7
+    threshold = torch.full((SIZES["n_latents"],), level, device="cuda") if isinstance(rule, JumpReLU) else None
     step = KernelStep(
         weights(SIZES["n_latents"], SIZES["d_in"], "cuda"), rule, config=KernelConfig(**config), threshold=threshold,
         k_aux=None, auxk_coef=1 / 32, dead_after=10**9, rms=rms,

@@ -211,3 +211,12 @@ def test_a_smaller_batch_after_a_larger_one_reads_no_stale_row():
     x, step, fresh = batch(), make(TopK(K)), make(TopK(K))
     step.gradients(x)
     assert step.gradients(x[:7]).measures() == fresh.gradients(x[:7]).measures()
+
+
+def test_a_batch_that_is_not_finite_leaves_the_weights_and_is_counted():
+    step, x = make(TopK(K)), batch()
+    step(x, 1e-2)
+    before = [w.clone() for w in step.weights]
+    x[3, 2] = torch.inf
+    step(x, 1e-2)
+    assert step.flagged == 1 and all(torch.equal(a, b) for a, b in zip(before, step.weights, strict=True))

@@ -8,7 +8,7 @@ import torch
 from sae_persona.errors import ConfigError, DataError, RunError
 from sae_persona.sae.loss import fvu
 from sae_persona.sae.sparsity import Threshold, TopK
-from sae_persona.sae.train import TrainConfig, train
+from sae_persona.sae.train import Diverged, TrainConfig, train
 
 SMALL = TrainConfig(n_latents=64, k=4, steps=12, log_every=5)
 
@@ -181,3 +181,22 @@ def test_an_out_that_cannot_be_written_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
         train(batches(), SMALL, out=tmp_path / "file" / "metrics.jsonl", progress=False)
+
+
+@pytest.mark.parametrize("rule", ["topk", "batch_topk", "jumprelu"])
+def test_a_loss_that_is_not_finite_leaves_the_sae_of_the_last_good_step(rule):
+    data = batches(12)
+    config = replace(SMALL, rule=rule, steps=None, decay=0.0, log_every=13)
+    kept = train(data, config, progress=False)
+    spoilt = [*data, torch.full_like(data[0], 1e30)]  # finite, but its square is not
+    with pytest.raises(Diverged, match="the loss is inf at step 13") as caught:
+        train(spoilt, config, progress=False)
+    assert caught.value.sae is not None
+    for name, wanted in kept.named_parameters():
+        torch.testing.assert_close(caught.value.sae.get_parameter(name), wanted, rtol=0, atol=0, msg=name)
+
+
+def test_weights_that_give_nothing_finite_are_not_kept():
+    with pytest.raises(Diverged) as caught:
+        train(batches(), replace(SMALL, lr=1e38, warmup=0), progress=False)
+    assert caught.value.sae is None

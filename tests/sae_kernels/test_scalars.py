@@ -63,9 +63,10 @@ def test_a_loss_that_is_not_finite_is_flagged_and_stops_the_step(bad, device):
     squares[1, 1000] = squares[0, 7] = bad
     for flagged in (1, 2):
         conclude(s, squares)
-        clip_factor(s, torch.full((5,), torch.nan, device=device), 1.0)  # what nobody wrote, since the factor was 0
-        clip_factor(s, torch.full((5,), torch.inf, device=device), 1.0)
         assert s[values.FACTOR] == 0 and s[values.FLAGGED] == flagged
+        for norm in (torch.nan, torch.inf, 0.0):  # nobody wrote the norms, since the factor was 0
+            clip_factor(s, torch.full((5,), norm, device=device), 1.0)
+            assert s[values.FACTOR] == 0
     conclude(s, torch.ones(2, 3000, device=device))
     assert s[values.FACTOR] == 1 and s[values.FLAGGED] == 2 and s[values.LOSS] == 2
 
