@@ -60,8 +60,7 @@ class PlainStep:
     def __call__(self, x: Tensor, lr: float) -> Seen:
         """Take one step on x [n, d_in] with learning rate ``lr``."""
         seen = self.gradients(x)
-        # the gradient of b_dec is a sum over all errors, so one that is not finite shows there
-        if not self.weights.b_dec.grad.isfinite().all():  # pyright: ignore[reportOptionalMemberAccess]
+        if not (seen.d_error.square().sum() if seen.nested is None else seen.nested).isfinite():
             self.flagged += 1
             return seen
         if self.clip is not None:
