@@ -132,9 +132,7 @@ class KernelStep:
         self._count_dead()
         with self.streams.step(overlap=self.config.overlap and not self._small(len(x))):
             z = self._prepared(x)
-            seen = self._replayed(z, lr) if self._replays(len(x)) else self._eager(z, lr)
-            self._check_recall(seen)
-        return seen
+            return self._replayed(z, lr) if self._replays(len(x)) else self._eager(z, lr)
 
     @property
     def weights(self) -> Weights:
@@ -178,6 +176,8 @@ class KernelStep:
     def _eager(self, z: Tensor, lr: float) -> KernelSeen:
         self._dead = self._dead_set()
         entries, kept = self._encoded(z, self._dead)
+        if self._recall_is_due:
+            self._check_recall(z, entries)
         self.wait()
         begin(self.scalars, lr, self.steps, BETAS)
         return self._learn(z, entries, self._dead, kept)
@@ -367,21 +367,24 @@ class KernelStep:
         """More latents are dead than there is ever room for: they take turns."""
         return self._n_dead > self._room
 
-    def _check_recall(self, seen: KernelSeen) -> None:
-        if not self.fp8 or self.steps % self.config.recall_every:
-            return
+    @property
+    def _recall_is_due(self) -> bool:
+        return self.fp8 and self.steps % self.config.recall_every == 0
+
+    def _check_recall(self, z: Tensor, entries: Entries) -> None:
+        """Measure what was found of some tokens' true top k, before the weights move; act on the last measurement."""
         if self.steps > self.config.recall_every:
             self.recall = self._late_recall.read()
             if self.recall < self.config.min_recall:
                 self.fp8 = False
                 self._graphs.clear()
                 return
-        rows, k = min(self.config.recall_rows, len(seen.z)), self.rule.k
-        z = seen.z[:rows].float()
-        exact = torch.cat([z @ part.float().T for part in self.state.encoder.high.split(ROWS)], dim=1)
+        rows, k = min(self.config.recall_rows, len(z)), self.rule.k
+        some = z[:rows].float()
+        exact = torch.cat([some @ part.float().T for part in self.state.encoder.high.split(ROWS)], dim=1)
         exact += self.state.latents.b
         best = exact.topk(k, dim=1).indices
-        hit = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, seen.entries.idx.view(-1, k)[:rows].long(), True)
+        hit = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, entries.idx.view(-1, k)[:rows].long(), True)
         self._late_recall.write(hit.gather(1, best).float().mean())
 
     # ---- streams, graphs and memory
@@ -394,7 +397,7 @@ class KernelStep:
 
     def _replays(self, n: int) -> bool:
         """The step is a graph; not before its kernels have been compiled, nor while dead latents take turns."""
-        if self.device.type != "cuda" or not self._small(n) or self._crowded:
+        if self.device.type != "cuda" or not self._small(n) or self._crowded or self._recall_is_due:
             return False
         key = n, self._room
         self._warm[key] = self._warm.get(key, 0) + 1

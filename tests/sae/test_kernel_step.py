@@ -170,6 +170,23 @@ def test_more_entries_than_there_is_room_for_is_an_error():
         seen.measures()
 
 
+def test_recall_is_the_share_of_the_true_top_k_and_too_little_of_it_ends_fp8():
+    step = make(KernelStep, TopK(K), config={"recall_every": 5, "recall_rows": 4, "min_recall": 0.9})
+    seen = step(batches()[0], 0.0)
+    step.steps, step.fp8 = 5, True
+    step._check_recall(seen.z, seen.entries)
+    step.steps = 10
+    step._check_recall(seen.z, seen.entries)
+    assert step.recall == 1.0 and step.fp8
+    left_out = seen.entries.idx.view(-1, K)[:2, 0]  # of two of the four tokens that are looked at
+    left_out.copy_(step.state.latents.b.argmin().int())
+    step.steps = 15
+    step._check_recall(seen.z, seen.entries)
+    step.steps = 20
+    step._check_recall(seen.z, seen.entries)
+    assert step.recall == pytest.approx(1 - 2 / (4 * K)) and not step.fp8
+
+
 def test_a_late_number_is_0_until_one_is_written(device):
     number = LateNumber(torch.device(device))
     assert number.read() == 0
