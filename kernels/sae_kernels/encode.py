@@ -10,7 +10,7 @@
     w_scale       None or [n_latents]     fp32
     x_side        None or [n, d]          bf16                  only the first `side` columns are read; side = 32 or 64
     w_side        None or [n_latents, d]  bf16
-    pre           [n, padded]             fp32 | bf16           padded >= n_latents, a multiple of the chunk
+    pre           [n, padded]             fp32 | bf16           padded: n_latents in whole chunks
     maxima        [n, padded / chunk]     as pre                chunk 32 or 64: `chunk_for` says which is faster
 
 Summed in fp32 and rounded once. Columns of `pre` from n_latents on are -inf. The top k
@@ -133,8 +133,13 @@ def encode(
     if d * x.element_size() % 16:
         raise ValueError(f"rows must be a multiple of 16 bytes, got {d} columns of {x.dtype}: pad them")
     chunk = padded // maxima.shape[1]
-    if pre.shape != (n, padded) or maxima.shape != (n, padded // chunk) or padded % chunk or padded < n_latents:
-        wanted = f"[{n}, at least {n_latents}] and [{n}, a 32nd or 64th of that]"
+    if (
+        pre.shape != (n, padded)
+        or maxima.shape != (n, padded // chunk)
+        or padded % chunk
+        or not 0 <= padded - n_latents < chunk
+    ):
+        wanted = f"[{n}, {n_latents} in whole chunks] and [{n}, chunks]"
         raise ValueError(f"pre and maxima must be {wanted}, got {list(pre.shape)}, {list(maxima.shape)}")
     if chunk not in (32, 64):
         raise ValueError(f"maxima must be of 32 or 64 columns of pre, got {chunk}")

@@ -1,7 +1,8 @@
 """Floats as integers of the same order, and the k-th largest of them by search: parts of kernels.
 
 The search starts from bounds that are near each other and takes a third a round: about six rounds for bf16 and 15 for
-fp32, all in registers. NaN counts as larger than everything, and -0 as less than 0.
+fp32, all in registers. A NaN without its sign bit, as a GPU makes it, counts as larger than everything, and
+-0 as less than 0.
 """
 
 import triton

@@ -11,7 +11,7 @@
     m, v      [n_latents, d]            fp32 | bf16    bf16 is rounded stochastically: to nearest, v would stand still
     inverse_norm   decoder: [n_latents] fp32           the row is high, low times this, so that its norm is 1
     fp8, fp8_scale, fp8_next   encoder: e4m3 copy of the row over fp8_scale, and the scale of the next one
-    scalars   [8]                       fp32           places in `scalars`; FACTOR 0 leaves everything as it is
+    scalars   [9]                       fp32           places in `scalars`; FACTOR 0 leaves everything as it is
 
 A program updates one block of columns of one row: nothing in it depends on another block, so the kernel streams like
 an elementwise one. What does is taken up a step later: the norm of the new row becomes its inverse_norm, and the

@@ -70,7 +70,8 @@ def _clip_kernel(scalars_ptr, norms_ptr, n_norms, clip, BLOCK: tl.constexpr):
     for at in range(0, n_norms, BLOCK):
         i = at + tl.arange(0, BLOCK)
         total += tl.load(norms_ptr + i, mask=i < n_norms, other=0.0)
-    factor = tl.minimum(clip / (tl.sqrt(tl.sum(total)) + 1e-6), 1.0)
+    factor = tl.minimum(clip / (tl.sqrt(tl.sum(total)) + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    factor = tl.where(factor == factor, factor, 0.0)  # a norm that is NaN cannot be cut: leave all as it is
     tl.store(scalars_ptr + FACTOR, tl.load(scalars_ptr + FACTOR) * factor)
 
 
@@ -86,7 +87,7 @@ def conclude(
 ) -> None:  # fmt: skip
     """Write LOSS, FACTOR and FLAGGED from squares [blocks, n].
 
-    With ``active`` [n] int32 COUNT too, with ``n_dead`` [1] int32 AUX.
+    With ``active`` [n] int32 COUNT too, with ``n_dead`` [] int32 AUX.
     """
     n = squares.shape[-1]
     block = min(32768, triton.next_power_of_2(squares.numel()))

@@ -39,7 +39,7 @@ class LateNumber:
 
 @dataclass(frozen=True)
 class DeadSet:
-    """Some dead latents: idx [m] int32, n_latents where fewer are dead; their number [1]; each latent's place or -1."""
+    """Some dead latents: idx [m] int32, n_latents where fewer are dead; their number []; each latent's place or -1."""
 
     idx: Tensor
     n_dead: Tensor

@@ -132,5 +132,5 @@ def test_refuses_what_the_contract_excludes(device):
     del args["chunk"]
     room = torch.empty(3, 64, device=device)
     for pre, maxima in ((room[:2], room[:, :2]), (room[:, :32], room[:, :1]), (room, room[:2, :2])):
-        with pytest.raises(ValueError, match=r"pre and maxima must be \[3, at least 40\]"):
+        with pytest.raises(ValueError, match=r"pre and maxima must be \[3, 40 in whole chunks\]"):
             encode(**args, pre=pre, maxima=maxima)

@@ -69,6 +69,8 @@ def test_a_loss_that_is_not_finite_is_flagged_and_stops_the_step(bad, device):
             assert s[values.FACTOR] == 0
     conclude(s, torch.ones(2, 3000, device=device))
     assert s[values.FACTOR] == 1 and s[values.FLAGGED] == 2 and s[values.LOSS] == 2
+    clip_factor(s, torch.full((5,), torch.nan, device=device), 1.0)
+    assert s[values.FACTOR] == 0
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
