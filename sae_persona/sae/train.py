@@ -230,7 +230,9 @@ def _start(
     if mean.is_cuda and kernels is not None:
         from sae_persona.sae.kernel_step import KernelStep  # here, so that CPU users need no Triton
 
-        rms = ((torch.cat(list(head)).float() - mean) * scale).square().mean(dim=0).sqrt()
+        rms = None
+        if kernels.precision == "fp8":
+            rms = ((torch.cat(list(head)).float() - mean) * scale).square().mean(dim=0).sqrt()
         weights = Weights(rows, torch.zeros(config.n_latents), rows, torch.zeros(len(mean)))
         return KernelStep(weights, rule, config=kernels, rms=rms, device=mean.device, **settings)
     rows = rows.to(mean.device)
