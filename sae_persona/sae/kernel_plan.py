@@ -28,7 +28,7 @@ class KernelConfig:
     auxk_tokens: float = 0.5
     """Share of a batch's tokens that the AuxK loss is the mean of: the batch is shuffled, so any are as good as all."""
     candidates: float = 2.0
-    """fp8: candidates that are rescored, as a multiple of k. With 1.5 recall was 0.9995 or more on planted activations."""
+    """fp8: candidates that are rescored, as a multiple of k. With 1.5 recall was 0.9995 or more on planted data."""
     spare: float = 4.0
     """jumprelu: room for entries that fire or are near their threshold, as a multiple of k a token."""
     recall_every: int = 100
