@@ -126,7 +126,7 @@ def test_a_batch_that_is_not_finite_leaves_every_bit(rule, bad, settings):
 def test_weights_come_back_as_they_were_given():
     for precision in ("fp32", "bf16", "fp8"):
         config = KernelConfig(precision=precision)
-        given, rms = weights(), torch.ones(D_IN)
+        given, rms = weights(device="cpu"), torch.ones(D_IN)
         rms[5] = rms[17] = 100
         state = KernelState.make(given, None, config, torch.device("cpu"), rms)
         assert state.encoder.high.shape == (N_LATENTS, 32)
@@ -135,7 +135,7 @@ def test_weights_come_back_as_they_were_given():
 
 
 def test_fp8_puts_outliers_first_and_keeps_a_copy_over_its_scale():
-    given, rms = weights(), torch.linspace(1, 1.5, D_IN)
+    given, rms = weights(device="cpu"), torch.linspace(1, 1.5, D_IN)
     rms[17], rms[5] = 200, 100
     state = KernelState.make(given, None, KernelConfig(precision="fp8"), torch.device("cpu"), rms)
     assert state.side == 32 and state.order[:2].tolist() == [17, 5] and sorted(state.order.tolist()) == [*range(D_IN)]
@@ -246,14 +246,18 @@ def planted(count: int, *, outliers: int = 0, n: int = 2048, d_in: int = 512) ->
     return found
 
 
-def on_gpu(rule=None, *, rms=None, n_dead=0, **config) -> KernelStep:
+def on_gpu(rule=None, *, rms=None, n_dead=0, shared=0, **config) -> KernelStep:
+    """``shared`` dimensions are read by all latents alike, so tell nothing of who fires, but their rounding does."""
     rule = rule or TopK(SIZES["k"])
+    given = weights(SIZES["n_latents"], SIZES["d_in"], "cuda")
+    given = given._replace(w_enc=given.w_enc.clone())
+    given.w_enc[:, :shared] = SIZES["d_in"] ** -0.5
     # between two neighbours in bf16: at one of them, half of what rounds to it would fire in fp32 and not here
     level = 2.5 + 2**-7
     threshold = torch.full((SIZES["n_latents"],), level, device="cuda") if isinstance(rule, JumpReLU) else None
     step = KernelStep(
-        weights(SIZES["n_latents"], SIZES["d_in"], "cuda"), rule, config=KernelConfig(**config), threshold=threshold,
-        k_aux=None, auxk_coef=1 / 32, dead_after=10**9, rms=rms,
+        given, rule, config=KernelConfig(**config), threshold=threshold, k_aux=None, auxk_coef=1 / 32,
+        dead_after=10**9, rms=rms,
     )  # fmt: skip
     step.silent[:n_dead] = 10**9
     if n_dead:
@@ -291,7 +295,8 @@ def test_losses_of_the_other_rules_are_those_of_plain_torch(rule):
     for i, x in enumerate(planted(20)):
         got, wanted = step(x, 3e-4).measures(), plain(x.float(), 3e-4).measures()
         assert got["fvu"] == pytest.approx(wanted["fvu"], rel=0.01), f"step {i}"
-        assert got["l0"] == pytest.approx(wanted["l0"], rel=0.01), f"step {i}"
+        # a moved threshold is no longer in the middle: half a bf16 step at 2.5 is 0.008, where 2.8 of 1 fire a unit less
+        assert got["l0"] == pytest.approx(wanted["l0"], rel=0.025), f"step {i}"
 
 
 @gpu
@@ -329,6 +334,7 @@ def test_two_runs_are_bit_identical(rule, graph):
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("rule", [TopK(32), BatchTopK(32), JumpReLU(32, 0.5, 512.0)], ids=["topk", "batch", "jump"])
 def test_the_host_waits_for_the_device_nowhere(rule, graph):
@@ -337,8 +343,8 @@ def test_the_host_waits_for_the_device_nowhere(rule, graph):
     xs = planted(4)
     for x in [*xs, *xs]:  # which compiles, captures and makes room
         step(x, 3e-4)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for x in xs * 6:
             step(x, 3e-4)
     finally:
@@ -348,22 +354,22 @@ def test_the_host_waits_for_the_device_nowhere(rule, graph):
 
 @gpu
 def test_fp8_finds_the_top_k_beside_outliers_and_less_of_it_without_the_side_product():
-    xs = planted(8, outliers=8)
+    xs = planted(8, outliers=16)
     rms = torch.cat(xs).float().square().mean(dim=0).sqrt()
-    settings = {"precision": "fp8", "recall_every": 2, "recall_rows": 512, "min_recall": 0.0}
+    settings = {"precision": "fp8", "recall_every": 2, "recall_rows": 512, "min_recall": 0.0, "shared": 16}
     beside, without = on_gpu(rms=rms, **settings), on_gpu(**settings)
     assert beside.state.side == 32 and without.state.side == 0
     for x in xs:
         found, worse = beside(x, 3e-4).measures(), without(x, 3e-4).measures()
-    assert found["recall"] > 0.98 and worse["recall"] < found["recall"]
+    assert found["recall"] > 0.98 and worse["recall"] < 0.95  # the same in emulation: 0.9999 and 0.89
 
 
 @gpu
 def test_too_little_recall_returns_to_bf16():
-    xs = planted(8, outliers=8)
-    step = on_gpu(precision="fp8", recall_every=2, min_recall=1.0)
+    xs = planted(8, outliers=16)
+    step = on_gpu(precision="fp8", recall_every=2, min_recall=0.98, shared=16)
     losses = [step(x, 3e-4).measures()["loss"] for x in xs]
-    assert not step.fp8 and step.recall < 1.0
+    assert not step.fp8 and step.recall < 0.98
     assert all(map(math.isfinite, losses)) and step.flagged == 0
 
 
