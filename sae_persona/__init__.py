@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sae_persona.sae.formats import save_sae as save_sae
     from sae_persona.sae.model import SAE as SAE
     from sae_persona.sae.quality import quality as quality
-    from sae_persona.sae.train import TrainConfig as TrainConfig
+    from sae_persona.sae.recipe import TrainConfig as TrainConfig
     from sae_persona.sae.train import train as train
     from sae_persona.steering.answers import answer as answer
     from sae_persona.steering.answers import say as say
@@ -59,7 +59,8 @@ _HOMES = {
     "sae.formats": ("hook_metadata", "load_sae", "save_sae"),
     "sae.model": ("SAE",),
     "sae.quality": ("quality",),
-    "sae.train": ("TrainConfig", "train"),
+    "sae.recipe": ("TrainConfig",),
+    "sae.train": ("train",),
     "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene",),
     "steering.export.native": ("export", "load_intervention"),

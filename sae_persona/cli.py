@@ -23,7 +23,7 @@ from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.report.text import describe, describe_latent
 from sae_persona.runs import Run
 from sae_persona.sae.kernel_plan import KernelConfig
-from sae_persona.sae.train import TrainConfig
+from sae_persona.sae.recipe import TrainConfig
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.interventions import Positions
 from sae_persona.steering.sweep import SweepConfig

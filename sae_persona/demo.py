@@ -27,7 +27,7 @@ from sae_persona.pipeline import (
 )
 from sae_persona.report.page import write_report
 from sae_persona.runs import Run
-from sae_persona.sae.train import TrainConfig
+from sae_persona.sae.recipe import TrainConfig
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention

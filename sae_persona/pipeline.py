@@ -26,7 +26,8 @@ from sae_persona.sae.formats import hook_metadata, load_sae, save_sae
 from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig, plan_step
 from sae_persona.sae.model import SAE
 from sae_persona.sae.quality import Quality, quality
-from sae_persona.sae.train import Diverged, TrainConfig, train
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.train import Diverged, train
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep

@@ -4,8 +4,9 @@ Letters in shapes: n tokens (batch and position flattened), k kept latents, b se
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -73,3 +74,34 @@ class SparseLatents:
         """[n, n_latents], zeros included: for tests and small problems only."""
         full = self.acts.new_zeros(self.n, n_latents)
         return full.index_put_((self.token, self.idx.flatten()), self.acts.flatten(), accumulate=True)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where something that goes on stands: enough to go on from there to the bit. What checkpoints are made of.
+
+    tensors   by name, on any device
+    numbers   JSON values by name
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def under(self, prefix: str) -> "State":
+        """The same with a prefix before every name."""
+        return State(
+            {prefix + name: x for name, x in self.tensors.items()},
+            {prefix + name: x for name, x in self.numbers.items()},
+        )
+
+    def of(self, prefix: str) -> "State":
+        """What `under` has put under the prefix."""
+        cut = len(prefix)
+        return State(
+            {name[cut:]: x for name, x in self.tensors.items() if name.startswith(prefix)},
+            {name[cut:]: x for name, x in self.numbers.items() if name.startswith(prefix)},
+        )
+
+    def joined(self, other: "State") -> "State":
+        """Both, which have no name in common."""
+        return State({**self.tensors, **other.tensors}, {**self.numbers, **other.numbers})

@@ -42,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def demo_run(tmp_path_factory: pytest.TempPathFactory):
     """A run folder in which every stage has been run, in small. Copy it before you change it."""
     from sae_persona.demo import DemoConfig, demo
-    from sae_persona.sae.train import TrainConfig
+    from sae_persona.sae.recipe import TrainConfig
 
     config = DemoConfig(
         n_corpus=1000,

@@ -11,7 +11,8 @@ from sae_persona.lab import corpora
 from sae_persona.pipeline import candidates, edits_of, matched_latents, open_model, open_ranking, rates_at
 from sae_persona.runs import Run, write_json
 from sae_persona.sae.formats import load_sae
-from sae_persona.sae.train import Diverged, TrainConfig
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.train import Diverged
 from sae_persona.types import HookPoint
 
 

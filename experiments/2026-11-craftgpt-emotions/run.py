@@ -46,7 +46,7 @@ from sae_persona.pipeline import (
 )
 from sae_persona.report.page import write_report
 from sae_persona.runs import Run, read_json, write_json
-from sae_persona.sae.train import TrainConfig
+from sae_persona.sae.recipe import TrainConfig
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import applying, intervene
 from sae_persona.steering.arms import Sweep

@@ -35,6 +35,7 @@ from sae_persona.sae.kernel_state import KernelState
 from sae_persona.sae.kernel_streams import Streams
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule
 from sae_persona.sae.step import Weights, threshold_lr
+from sae_persona.types import State
 
 BESIDE = Shape(256, 2)  # of the decoder's update beside the product, which leaves it few registers
 WARM = 3  # steps before one is captured as a graph
@@ -112,7 +113,8 @@ class KernelStep:
         self.auxk_coef, self.dead_after = auxk_coef, dead_after
         self.state = KernelState.make(weights, threshold, config, self.device, rms)
         columns = self.state.order.long()
-        self.mean = torch.zeros(self.d_in, device=self.device) if mean is None else mean.float()[columns]
+        self._mean = None if mean is None else mean.float()
+        self.mean = torch.zeros(self.d_in, device=self.device) if self._mean is None else self._mean[columns]
         self.prefixes = torch.tensor(prefixes, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
         self.scalars = new_scalars(self.device)
         self.fp8, self.recall = config.precision == "fp8", None
@@ -166,6 +168,27 @@ class KernelStep:
     def wait(self) -> None:
         """Let the current stream wait for the decoder's update."""
         self.streams.wait()
+
+    def snapshot(self) -> State:
+        self.wait()
+        numbers = {"side": self.state.side, "fp8": self.fp8, "recall": self.recall, "steps": self.steps}
+        numbers |= {"n_dead": self._n_dead, "room": self._room}
+        # what is on its way to the host arrives first
+        numbers |= {"dead_count": self._dead_count.read(), "late_recall": self._late_recall.read()}
+        return State({**self.state.tensors(), "scalars": self.scalars}, numbers)
+
+    def restore(self, state: State) -> None:
+        n = state.numbers
+        tensors = {name: x for name, x in state.tensors.items() if name != "scalars"}
+        self._graphs.clear()
+        self.state = KernelState.from_tensors(tensors, n["side"], self.device)
+        if self._mean is not None:
+            self.mean = self._mean[self.state.order.long()]
+        self.scalars.copy_(state.tensors["scalars"])
+        self.fp8, self.recall, self.steps = n["fp8"], n["recall"], n["steps"]
+        self._n_dead, self._room = n["n_dead"], n["room"]
+        for late, value in ((self._dead_count, n["dead_count"]), (self._late_recall, n["late_recall"])):
+            late.write(torch.tensor(value, device=self.device))
 
     def auxk_share(self, left: Tensor) -> float:
         """AuxK's share of the loss of a step that left so much of the error."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_persona.sae.loss import auxk_loss
 from sae_persona.sae.sparsity import Jumped, JumpReLU, TrainingRule
 from sae_persona.sae.step import Seen, Weights, threshold_lr
-from sae_persona.types import SparseLatents
+from sae_persona.types import SparseLatents, State
 
 
 class PlainStep:
@@ -107,6 +107,21 @@ class PlainStep:
         self.silent += len(x)
         self.silent[lists.sums(acts) > 0] = 0
         return Seen(x, d_errors[-1], acts, auxk, sparsity, _nested(d_errors))
+
+    def snapshot(self) -> State:
+        tensors = {f"trained.{i}": w for i, w in enumerate(self.trained)}
+        for i, w in enumerate(self.trained):
+            tensors |= {f"adam.{i}.{name}": x for name, x in self.optimiser.state[w].items()}
+        return State({**tensors, "silent": self.silent}, {"flagged": self.flagged})
+
+    def restore(self, state: State) -> None:
+        for i, w in enumerate(self.trained):
+            w.copy_(state.tensors[f"trained.{i}"])
+            moments = state.of(f"adam.{i}.").tensors
+            # Adam wants its count on a CPU or on the weights' device, as it made it
+            self.optimiser.state[w] = {name: x.to(w.device, copy=True) for name, x in moments.items()}
+        self.silent.copy_(state.tensors["silent"])
+        self.flagged = state.numbers["flagged"]
 
     def _normalised(self, x: Tensor) -> Tensor:
         centred = x if self.mean is None else x - self.mean

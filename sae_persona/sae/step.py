@@ -24,6 +24,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from sae_persona.types import State
+
 
 class Weights(NamedTuple):
     """What is trained; shapes as in SAE."""
@@ -72,6 +74,14 @@ class Step(Protocol):
     @property
     def flagged(self) -> int:
         """Steps that changed nothing, since their loss was not finite."""
+        ...
+
+    def snapshot(self) -> State:
+        """All that the next step depends on; a copy of nothing."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Go on as the step whose `snapshot` it was, of the same shape and settings, to the bit."""
         ...
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sae_persona.sae.model import SAE
-from sae_persona.sae.train import TrainConfig, train
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.train import train
 
 N_ATOMS, D_IN, K = 64, 32, 4
 CONFIG = TrainConfig(n_latents=128, k=K, steps=600, lr=4e-3, dead_after=20_000)

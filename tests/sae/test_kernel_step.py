@@ -1,5 +1,6 @@
 """The step through the kernels against the one in plain torch."""
 
+import json
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from sae_persona.sae.kernel_step import KernelStep
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK
 from sae_persona.sae.step import Weights
+from sae_persona.types import State
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, in Triton's interpreter
@@ -96,6 +98,26 @@ def kept(step) -> dict[str, Tensor]:
     parts = {"encoder": vars(state.encoder), "decoder": vars(state.decoder), "latents": vars(state.latents)}
     parts["b_dec"] = {"b": state.b_dec, "m": state.b_dec_m, "v": state.b_dec_v}
     return {f"{p}.{name}": x.clone() for p, part in parts.items() for name, x in part.items() if x is not None}
+
+
+def resumed(step, fresh):
+    """``fresh`` after what went through a file: tensors on the CPU, numbers as JSON."""
+    state = step.snapshot()
+    tensors = {name: x.cpu().clone() for name, x in state.tensors.items()}
+    fresh.restore(State(tensors, json.loads(json.dumps(state.numbers))))
+    return fresh
+
+
+@pytest.mark.parametrize("case", ["topk sliced with dead latents", "jumprelu"])
+def test_a_step_goes_on_from_a_snapshot_bit_for_bit(case):
+    rule, settings, config, n_dead = CASES[case]
+    step = make(KernelStep, rule, n_dead=n_dead, config=config, **settings)
+    first, second = batches()
+    step(first, 1e-2)
+    other = resumed(step, make(KernelStep, rule, n_dead=n_dead, config=config, **settings))
+    assert step(second, 1e-2).measures() == other(second, 1e-2).measures()
+    a, b = kept(step), kept(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
@@ -331,6 +353,24 @@ def test_two_runs_are_bit_identical(rule, graph):
         first(x, 3e-4)
         second(x, 3e-4)
     assert same(first, second)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "config",
+    [{"graph": True}, {"graph": False, "precision": "fp8", "recall_every": 3}, {"graph": False, "moments": "bf16"}],
+    ids=str,
+)
+def test_a_step_on_a_gpu_goes_on_from_a_snapshot_bit_for_bit(config):
+    xs = planted(20, outliers=16)
+    rms = torch.cat(xs).float().square().mean(dim=0).sqrt()
+    step = on_gpu(n_dead=1000, rms=rms, **config)
+    for x in xs[:9]:
+        step(x, 3e-4)
+    other = resumed(step, on_gpu(**config))
+    for x in xs[9:]:
+        assert step(x, 3e-4).measures() == other(x, 3e-4).measures()
+    assert same(step, other)
 
 
 @gpu

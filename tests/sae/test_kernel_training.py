@@ -9,7 +9,8 @@ from sae_persona.attribution.rank import RankConfig, rank
 from sae_persona.features.measure import MeasureConfig, measure
 from sae_persona.lab import corpora
 from sae_persona.sae.kernel_plan import KernelConfig
-from sae_persona.sae.train import TrainConfig, train
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.train import train
 from sae_persona.types import HookPoint
 
 HOOK, TRAITS = HookPoint(3), ("formal", "cheerful", "sarcastic")

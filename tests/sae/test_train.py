@@ -7,8 +7,9 @@ import torch
 
 from sae_persona.errors import ConfigError, DataError, RunError
 from sae_persona.sae.loss import fvu
+from sae_persona.sae.recipe import TrainConfig
 from sae_persona.sae.sparsity import Threshold, TopK
-from sae_persona.sae.train import Diverged, TrainConfig, train
+from sae_persona.sae.train import Diverged, train
 
 SMALL = TrainConfig(n_latents=64, k=4, steps=12, log_every=5)
 

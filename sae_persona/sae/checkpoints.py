@@ -1,0 +1,159 @@
+"""Checkpoints: all that training needs to go on to the bit, in one folder that is written whole or not at all.
+
+    FOLDER/step-000001200/checkpoint.json           format, facts of the run, numbers of each part
+    FOLDER/step-000001200/PART.safetensors          tensors of each part: the feed, and each SAE in training
+
+A new one is in place before the old one goes, so a full disk or a kill at any moment leaves a good one.
+"""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_persona.errors import FormatError, RunError
+from sae_persona.runs import read_json, write_whole
+from sae_persona.types import State
+
+FORMAT = 1
+RECORD = "checkpoint.json"
+
+
+class Interrupted(RunError):
+    """A signal ended training; its checkpoint is written. ``signal`` is the signal's number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class Checkpoints:
+    """The checkpoints of one training run.
+
+    folder    holds them; the last one is kept
+    minutes   between two of them; 0: after every step
+    facts     JSON values that must be the same where training goes on: configs, hashes of model and texts
+    """
+
+    def __init__(self, folder: Path, *, minutes: float, facts: Mapping[str, Any]) -> None:
+        self.folder, self.minutes = folder, minutes
+        self.facts = json.loads(json.dumps(facts))  # as a file gives them back
+        self._written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """It is time to write one."""
+        return time.monotonic() - self._written >= 60 * self.minutes
+
+    def save(self, step: int, parts: Mapping[str, State]) -> Path:
+        """Write one, then remove those before it. RunError if the disk refuses: the one before stays."""
+        path = self.folder / f"step-{step:09}"
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "facts": self.facts,
+            "parts": {name: dict(state.numbers) for name, state in parts.items()},
+        }
+
+        def write(temporary: Path) -> None:
+            temporary.mkdir()
+            for name, state in parts.items():
+                save_file(_apart(state.tensors), _tensors(temporary, name))
+            (temporary / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+
+        write_whole(path, write, mark=RECORD)
+        for old in self._all():
+            if old != path:
+                shutil.rmtree(old)
+        self._written = time.monotonic()
+        return path
+
+    def latest(self) -> dict[str, State] | None:
+        """The parts of the last one; None if there is none.
+
+        FormatError: of another version, or broken. RunError: made with other facts, which the message names.
+        """
+        paths = self._all()
+        if not paths:
+            return None
+        path = paths[-1]
+        record = read_json(path / RECORD, "checkpoint")
+        if record.get("format") != FORMAT:
+            raise FormatError(
+                f"{path} has checkpoint format {record.get('format')}, this version reads {FORMAT}: start the run again"
+            )
+        if changed := _differences(record["facts"], self.facts):
+            raise RunError(
+                f"{path} was made with other settings: {'; '.join(changed)}. Give the old ones, or start again"
+            )
+        try:
+            return {name: State(load_file(_tensors(path, name)), n) for name, n in record["parts"].items()}
+        except (OSError, SafetensorError) as error:
+            raise FormatError(f"{path} is broken: {error}") from error
+
+    def clear(self) -> None:
+        """Remove them all: the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if (path / RECORD).is_file())
+
+
+class Signals:
+    """Which signal has come, if any."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.received = number
+
+
+@contextmanager
+def signals_held() -> Iterator[Signals]:
+    """Within the block SIGINT and SIGTERM are only noted, so that a step and its checkpoint are finished first."""
+    held = Signals()
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield held
+        return
+    before = {number: signal.signal(number, held) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which none shares memory with another, as safetensors wants them."""
+    found, seen = {}, set()
+    for name, x in tensors.items():
+        x = x.detach().contiguous()
+        place = x.untyped_storage().data_ptr()
+        found[name] = x.clone() if place in seen else x
+        seen.add(place)
+    return found
+
+
+def _tensors(folder: Path, part: str) -> Path:
+    return folder / f"{part}.safetensors"
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, a sentence each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}".strip("."))]
+    return [] if old == new else [f"{where} was {old}, now {new}"]

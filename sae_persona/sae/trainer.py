@@ -1,0 +1,190 @@
+"""One SAE in training: from the first batches to an SAE that reads raw activations, step by step."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sae_persona.errors import DataError, RunError
+from sae_persona.sae.kernel_plan import KernelConfig
+from sae_persona.sae.model import SAE
+from sae_persona.sae.plain_step import PlainStep
+from sae_persona.sae.recipe import TrainConfig, training_rule
+from sae_persona.sae.sparsity import ReLU, Rule, Threshold, TopK, calibrate
+from sae_persona.sae.step import Measured, Step, Weights
+from sae_persona.types import State
+
+TAIL = 8  # batches that the last threshold is calibrated on
+
+
+class NotFinite(RunError):
+    """The loss, or the activations on a GPU, are no longer finite."""
+
+
+class Trainer:
+    """The step of one SAE, how far it has come, and the last batches.
+
+    The first batches give a mean and a scale (mean squared norm d_in), so that training starts centred and learning
+    rates mean the same on every model; both are folded away at the end.
+    """
+
+    def __init__(self, config: TrainConfig, step: Step, mean: Tensor, scale: float, total: int | None) -> None:
+        self.config, self.step, self.total = config, step, total
+        self.mean, self.scale = mean, scale
+        self.steps = self.tokens = 0
+        self.lr = 0.0
+        self.tail: deque[Tensor] = deque(maxlen=TAIL)
+        self.seen: Measured | None = None
+
+    @classmethod
+    def start(
+        cls, config: TrainConfig, head: Sequence[Tensor], total: int | None, kernels: KernelConfig | None
+    ) -> Self:
+        """Random unit decoder rows, the encoder their transpose, biases 0: 2406.04093 A.1.
+
+        DataError for first batches that are not finite, or all equal.
+        """
+        mean, scale = _mean_and_scale(head)
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.nn.functional.normalize(torch.randn(config.n_latents, len(mean), generator=generator), dim=1)
+        threshold, rms = None, None
+        if config.rule == "jumprelu":
+            w_enc = rows.to(mean.device)
+            level = calibrate(lambda x: (x - mean) * scale @ w_enc.T, head, config.k)
+            threshold = torch.full((config.n_latents,), level, device=mean.device)
+        if mean.is_cuda and kernels is not None and kernels.precision == "fp8":
+            rms = ((torch.cat(list(head)).float() - mean) * scale).square().mean(dim=0).sqrt()
+        step = _step(config, rows, mean, scale, kernels, threshold=threshold, rms=rms)
+        return cls(config, step, mean, scale, total)
+
+    def update(self, batch: Tensor) -> None:
+        """One step on a batch [n, d_in]."""
+        self.lr = self.config.lr_at(self.steps, self.total)
+        self.seen = self.step(batch, self.lr)
+        self.steps += 1
+        self.tokens += len(batch)
+        self.tail.append(batch)
+
+    def measures(self) -> dict[str, float]:
+        """What the last step saw, and the share of dead latents. NotFinite if training has gone wrong."""
+        assert self.seen is not None, "measures are those of a step"
+        values = self.seen.measures()
+        advice = f"lower lr, now {self.config.peak_lr:g}, or look for NaN in the activations"
+        if not math.isfinite(values["loss"]):
+            raise NotFinite(f"the loss is {values['loss']} at step {self.steps}: {advice}")
+        if self.step.flagged:
+            raise NotFinite(f"the loss was not finite in {self.step.flagged} of {self.steps} steps: {advice}")
+        values["dead"] = self.step.dead.float().mean().item()
+        return {"step": self.steps, "tokens": self.tokens, **values, "lr": self.lr}
+
+    @torch.no_grad()
+    def last_good(self, head: Iterable[Tensor] = ()) -> SAE | None:
+        """The SAE of the last step that was good; None if its weights are so large that nothing finite comes of them.
+
+        head   stands in for the last batches where there are none
+        """
+        good = [batch for batch in self.tail or head if batch.isfinite().all()]
+        w_enc = self.step.weights.w_enc
+        if not good or not ((good[0] - self.mean) * self.scale @ w_enc.T).isfinite().all():
+            return None
+        return self._folded(good)
+
+    @torch.no_grad()
+    def finish(self) -> SAE:
+        """The SAE that was trained, with the rule of inference, calibrated over the last batches."""
+        return self._folded(list(self.tail))
+
+    def _folded(self, tail: list[Tensor]) -> SAE:
+        config, scale = self.config, self.scale
+        w_enc, b_enc, w_dec, b_dec = self.step.weights
+        # in fp64: the mean may be far larger than what is left after subtracting it
+        b_enc = (b_enc.double() / scale - w_enc.double() @ self.mean.double()).float()
+        b_dec = b_dec / scale + self.mean
+        rule: Rule = TopK(config.k)
+        if self.step.threshold is not None:
+            rule = Threshold(self.step.threshold / scale)  # as pre-activations: w_enc stays, b_enc is divided
+        elif config.rule == "batch_topk":
+            level = calibrate(SAE(w_enc, b_enc, w_dec, b_dec, ReLU()).pre_acts, tail, config.k)
+            rule = Threshold(torch.full_like(b_enc, level))
+        sae = SAE(w_enc, b_enc, w_dec, b_dec, rule)
+        l0 = torch.cat([sae.encode(x).l0() for x in tail]).double().mean().item()
+        dead = int(self.step.dead.sum())
+        training = {**asdict(config), "prefixes": list(config.prefixes)}  # as JSON would give them back
+        sae.metadata = {"training": training, "n_tokens": self.tokens, "l0": l0, "num_dead_features": dead}
+        return sae
+
+    def snapshot(self) -> State:
+        """All that going on needs."""
+        own = State(
+            {"mean": self.mean, **{f"tail.{i}": x for i, x in enumerate(self.tail)}},
+            {"scale": self.scale, "steps": self.steps, "tokens": self.tokens, "n_tail": len(self.tail)},
+        )
+        return own.joined(self.step.snapshot().under("step."))
+
+    @classmethod
+    def resumed(
+        cls,
+        config: TrainConfig,
+        state: State,
+        total: int | None,
+        kernels: KernelConfig | None,
+        device: torch.device,
+    ) -> Self:
+        """As the trainer whose `snapshot` it was, to the bit."""
+        mean, scale = state.tensors["mean"].to(device), state.numbers["scale"]
+        rows = torch.zeros(config.n_latents, len(mean))
+        threshold = torch.zeros(config.n_latents, device=device) if config.rule == "jumprelu" else None
+        step = _step(config, rows, mean, scale, kernels, threshold=threshold)
+        step.restore(state.of("step."))
+        trainer = cls(config, step, mean, scale, total)
+        trainer.steps, trainer.tokens = state.numbers["steps"], state.numbers["tokens"]
+        trainer.tail.extend(state.tensors[f"tail.{i}"].to(device) for i in range(state.numbers["n_tail"]))
+        return trainer
+
+
+def _mean_and_scale(head: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """Mean [d_in] of the batches, and the factor that makes the mean squared distance from it d_in."""
+    x = torch.cat(list(head)).double()
+    if not x.isfinite().all():
+        raise DataError("the first batches have NaN or infinite activations: load the model with dtype float32")
+    mean = x.mean(dim=0)
+    spread = (x - mean).square().sum(dim=1).mean().item()
+    if spread <= 1e-12 * mean.square().sum().item():
+        raise DataError("all activations are equal: there is nothing to learn")
+    return mean.float(), math.sqrt(x.shape[1] / spread)
+
+
+def _step(
+    config: TrainConfig,
+    rows: Tensor,
+    mean: Tensor,
+    scale: float,
+    kernels: KernelConfig | None,
+    *,
+    threshold: Tensor | None = None,
+    rms: Tensor | None = None,
+) -> Step:
+    """The step from rows [n_latents, d_in] for both matrices, on the device of ``mean``."""
+    settings = {
+        "threshold": threshold,
+        "prefixes": config.prefixes,
+        "k_aux": config.k_aux,
+        "auxk_coef": config.auxk_coef,
+        "dead_after": config.dead_after,
+        "clip": config.clip,
+        "mean": mean,
+        "scale": scale,
+    }
+    rule = training_rule(config, d_in=len(mean))
+    if mean.is_cuda and kernels is not None:
+        from sae_persona.sae.kernel_step import KernelStep  # here, so that CPU users need no Triton
+
+        weights = Weights(rows, torch.zeros(len(rows)), rows, torch.zeros(len(mean)))
+        return KernelStep(weights, rule, config=kernels, rms=rms, device=mean.device, **settings)
+    rows = rows.to(mean.device)
+    weights = Weights(rows.clone(), rows.new_zeros(len(rows)), rows, rows.new_zeros(len(mean)))
+    return PlainStep(weights, rule, **settings)
