@@ -12,7 +12,8 @@ import torch
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM, load_lm
-from sae_persona.activations.stream import StreamConfig, sequences, stream
+from sae_persona.activations.sequences import sequences
+from sae_persona.activations.stream import StreamConfig, stream
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.attribution.baselines import difference_of_means
 from sae_persona.attribution.labels import select

@@ -148,8 +148,34 @@ def _render(lm: LM, messages: Sequence[Mapping[str, Any]], *, prompt: bool = Fal
         raise DataError(f"the chat template of {lm.name} refuses a dialogue: {error}") from error
 
 
+def encode(lm: LM, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each plain text, whole, BOS included where the tokenizer sets one.
+
+    DataError for a text that is no text, such as half a surrogate pair that a JSON file has escaped.
+    """
+    if not texts:
+        return []
+    try:
+        found = lm.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    except (UnicodeEncodeError, TypeError) as error:
+        bad = next((text for text in texts if not _is_text(text)), None)
+        if bad is None:
+            raise
+        shown = bad[:40].encode("ascii", "backslashreplace").decode()
+        raise DataError(f"a text is not valid Unicode, it begins {shown!r}: write it again as UTF-8") from error
+    return [_with_bos(lm, ids) for ids in found]
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _encode(lm: LM, text: str) -> list[int]:
-    return _with_bos(lm, lm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return encode(lm, [text])[0]
 
 
 def _with_bos(lm: LM, ids: list[int]) -> list[int]:

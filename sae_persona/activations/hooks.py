@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from sae_persona.activations.lm import LM
-from sae_persona.errors import ConfigError
+from sae_persona.errors import ConfigError, ModelError
 from sae_persona.types import HookPoint
 
 
@@ -43,6 +43,56 @@ def read(lm: LM, hooks: Iterable[HookPoint], input_ids: Tensor, attention_mask: 
     The forward pass stops at the last of them: later blocks and the logits are never computed.
     ModelError if a hook point does not exist.
     """
+    return _read(lm, hooks, model_inputs(lm, input_ids, attention_mask))
+
+
+@torch.no_grad()
+def read_rows(
+    lm: LM, hooks: Iterable[HookPoint], input_ids: Tensor, position: Tensor, segment: Tensor, *, packed: bool
+) -> dict[HookPoint, Tensor]:
+    """As `read`, of rows that may hold several sequences, each of which sees only itself.
+
+    input_ids, position, segment   [b, t] int64: the position in its sequence, the sequence's number in its row; -1 on
+                                   padding, which comes last
+    packed                         some row holds more than one; otherwise attention is causal without any mask, which
+                                   fast kernels are made for, and for which no host waits for a GPU
+
+    Not for every model: see `check_packing`.
+    """
+    given = {"input_ids": input_ids, "position_ids": position, "use_cache": False}
+    if packed:
+        t = input_ids.shape[1]
+        sees = (segment[:, :, None] == segment[:, None, :]).tril_()
+        dtype = next(lm.model.parameters()).dtype
+        mask = torch.zeros(len(sees), 1, t, t, dtype=dtype, device=sees.device)
+        given["attention_mask"] = mask.masked_fill_(~sees[:, None], torch.finfo(dtype).min)
+    taken = inspect.signature(lm.model.forward).parameters
+    return _read(lm, hooks, {key: value for key, value in given.items() if key in taken})
+
+
+def check_packing(lm: LM, hook: HookPoint, width: int) -> None:
+    """ModelError unless sequences that share a row of ``width`` tokens give the activations that each gives alone.
+
+    Models that count positions from the mask do not, nor do those that look back over a shorter window of their own.
+    """
+    window = getattr(lm.model.config.get_text_config(), "sliding_window", None)  # pyright: ignore
+    if window is not None and window < width:
+        raise ModelError(f"{lm.name} looks back {window} tokens, which rows of {width} would undo: pass --no-pack")
+    n_tokens = int(lm.model.get_input_embeddings().num_embeddings)  # pyright: ignore
+    first, second = (torch.arange(1, 1 + n, device=lm.device) * 7 % n_tokens for n in (5, 9))
+    ids = torch.cat([first, second])[None]
+    position = torch.cat([torch.arange(5), torch.arange(9)])[None].to(lm.device)
+    segment = (torch.arange(14, device=lm.device) >= 5).long()[None]
+    together = read_rows(lm, [hook], ids, position, segment, packed=True)[hook][0].float()
+    alone = [read(lm, [hook], x[None], torch.ones_like(x)[None])[hook][0].float() for x in (first, second)]
+    off = (together - torch.cat(alone)).norm() / torch.cat(alone).norm()
+    if not off < 0.03:  # bf16 is within 0.01
+        raise ModelError(
+            f"{lm.name} does not keep the sequences of a row apart (activations are {off:.0%} off): pass --no-pack"
+        )
+
+
+def _read(lm: LM, hooks: Iterable[HookPoint], inputs: dict[str, Any]) -> dict[HookPoint, Tensor]:
     # post comes after pre, whatever the alphabet says
     wanted = sorted(set(hooks), key=lambda hook: (hook.layer, hook.site == "resid_post"))
     found: dict[HookPoint, Tensor] = {}
@@ -59,7 +109,7 @@ def read(lm: LM, hooks: Iterable[HookPoint], input_ids: Tensor, attention_mask: 
             stack.callback(handle.remove)
         if wanted:
             try:
-                lm.model(**model_inputs(lm, input_ids, attention_mask))
+                lm.model(**inputs)
             except _Stop:
                 pass
     return found

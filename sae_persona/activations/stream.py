@@ -1,24 +1,27 @@
-"""Texts to shuffled batches of activations, without BOS and padding."""
+"""Texts to shuffled batches of activations, without BOS and padding, from any place in them.
 
+texts ─► sequences ─► groups ─► rows of activations ─► shuffle ─► batches
+         a thread, ahead        the model              a buffer
+"""
+
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Protocol, get_args
 
-import torch
 from torch import Tensor
 
-from sae_persona.activations.dialogues import Tokens, tokenize
-from sae_persona.activations.hooks import read
-from sae_persona.activations.lm import LM, padded
-from sae_persona.activations.shuffle import shuffled
+from sae_persona.activations.ahead import ahead
+from sae_persona.activations.groups import Forward, Group, Layout, groups
+from sae_persona.activations.harvest import is_finite, not_finite, read_group
+from sae_persona.activations.hooks import check_packing
+from sae_persona.activations.lm import LM
+from sae_persona.activations.sequences import Place, Which, kept, sequences
+from sae_persona.activations.shuffle import Chunk, Shuffle, Sizes
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.errors import ConfigError, DataError
-from sae_persona.types import HookPoint
-
-Which = Literal["all", "answers"]
-SORTED_FORWARDS = 8  # as many forward passes are filled from one group sorted by length
+from sae_persona.types import HookPoint, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,15 @@ class StreamConfig:
     """Activations a batch."""
     buffer_tokens: int = 65_536
     """Activations held for shuffling."""
+    buffer_on_host: bool = False
+    """Hold them in the host's memory, pinned, where the model is on a GPU."""
     lm_batch: int = 32
-    """Sequences a forward pass."""
+    """Rows of sequences a forward pass."""
+    pack: bool | None = None
+    """Put several short sequences in one row, where each sees only itself. None: where the model is on a GPU, which
+    short rows leave idle."""
+    ahead: int = 2
+    """Groups of eight forward passes that a thread tokenises ahead of the model. 0: no thread."""
     tokens: Which = "all"
     """Which tokens come out: all, or those of answers in dialogues with the pre-answer token."""
     passes: int = 1
@@ -41,7 +51,7 @@ class StreamConfig:
     """Seed of the shuffling."""
 
     def __post_init__(self) -> None:
-        for name, least in (("context_size", 2), ("batch_tokens", 1), ("lm_batch", 1), ("passes", 1)):
+        for name, least in (("context_size", 2), ("batch_tokens", 1), ("lm_batch", 1), ("passes", 1), ("ahead", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.buffer_tokens < self.batch_tokens:
@@ -50,138 +60,203 @@ class StreamConfig:
             raise ConfigError(f"tokens is one of {', '.join(get_args(Which))}, got {self.tokens!r}")
 
 
-class Stream:
-    """Batches [batch_tokens, d_in] fp32 of activations at one hook point. Restartable: same seed, same batches."""
+class Source(Protocol):
+    """Where rows of activations come from: the model, or a store of what it gave before."""
 
-    def __init__(self, lm: LM, hook: HookPoint, texts: str | Path | Iterable[Any] | Texts, config: StreamConfig):
-        lm.check(hook)
-        if lm.n_positions is not None and config.context_size > lm.n_positions:
-            raise ConfigError(f"context_size {config.context_size} is more than {lm.name} takes: {lm.n_positions}")
-        self.lm = lm
-        self.hook = hook
-        self.texts = read_texts(texts)
-        self.config = config
+    hooks: tuple[HookPoint, ...]
+    d_in: int
+
+    def chunks(self, start: Place) -> Iterator[Chunk]:
+        """The rows of one round from a place on."""
+        ...
+
+    def n_rows(self) -> int:
+        """Rows of one round."""
+        ...
+
+
+class Stream:
+    """Batches {hook point: [batch_tokens, d_in]} in the dtype of the model. Restartable: same seed, same batches."""
+
+    def __init__(self, source: Source, config: StreamConfig) -> None:
+        self.source, self.config = source, config
+
+    @property
+    def hooks(self) -> tuple[HookPoint, ...]:
+        return self.source.hooks
 
     @property
     def d_in(self) -> int:
-        return self.lm.d_model
+        return self.source.d_in
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Shuffle:
         config = self.config
-        return shuffled(
-            self._chunks(), buffer_tokens=config.buffer_tokens, batch_tokens=config.batch_tokens, seed=config.seed
-        )
+        sizes = Sizes(buffer_tokens=config.buffer_tokens, batch_tokens=config.batch_tokens)
+        return Shuffle(self._chunks, sizes, seed=config.seed, host=config.buffer_on_host)
+
+    def resume(self, state: State) -> Shuffle:
+        """An iterator that goes on where another was when it gave this `snapshot`."""
+        return iter(self).restore(state)
+
+    def at(self, hook: HookPoint) -> "OneHook":
+        """The batches of one hook point, as tensors."""
+        return OneHook(self, str(hook))
 
     def n_batches(self) -> int:
-        """How many batches come out, by tokenising all texts: minutes on a large corpus, and the model is not run."""
-        config = self.config
-        cut = sequences(self.lm, self.texts, config.context_size, config.tokens)
-        n = sum(int(kept(self.lm, tokens, config.tokens).sum()) for tokens in cut)
-        return max(1, config.passes * n // config.batch_tokens)
+        """How many batches come out; of texts, by tokenising them all: minutes on a large corpus."""
+        return max(1, self.config.passes * self.source.n_rows() // self.config.batch_tokens)
 
-    def _chunks(self) -> Iterator[Tensor]:
-        """The kept activations of each sequence, in order: [m, d_in]."""
-        config, held = self.config, _Held(self.config.hold_tokens)
-        for _ in range(config.passes):
+    def _chunks(self, start: Place) -> Iterator[Chunk]:
+        """All rounds, as far as they are left."""
+        held = _Held(self.config.hold_tokens)
+        while start.round < self.config.passes:
+            after = Place(start.round + 1)
             if held.whole:
-                yield from held.chunks
-                continue
-            for chunk in self._harvested():
-                held.keep(chunk)
-                yield chunk
-            held.whole = held.n <= config.hold_tokens
-        if not held.n:
-            wanted = "a token" if config.tokens == "all" else "an answer: tokens=answers needs dialogues"
-            raise DataError(
-                f"none of the texts has {wanted}. Look at the texts, or at the tokenizer of {self.lm.name}."
-            )
+                yield from held.again(start.round)
+            else:
+                held.begin(whole_round=start == Place(start.round))
+                for chunk in self.source.chunks(start):
+                    held.keep(chunk)
+                    yield chunk
+                held.end()
+            start = after
 
-    def _harvested(self) -> Iterator[Tensor]:
-        """One pass of the texts through the model."""
-        config = self.config
-        cut = sequences(self.lm, self.texts, config.context_size, config.tokens)
-        for tokens, acts in harvest(self.lm, self.hook, cut, config.lm_batch):
-            yield acts[kept(self.lm, tokens, config.tokens).to(acts.device)]
+
+class OneHook:
+    """The batches [batch_tokens, d_in] of one hook point of a stream."""
+
+    def __init__(self, stream: Stream, key: str) -> None:
+        self.stream, self.key = stream, key
+
+    @property
+    def d_in(self) -> int:
+        return self.stream.d_in
+
+    def __iter__(self) -> "_One":
+        return _One(iter(self.stream), self.key)
+
+    def resume(self, state: State) -> "_One":
+        return _One(self.stream.resume(state), self.key)
+
+    def n_batches(self) -> int:
+        return self.stream.n_batches()
+
+
+class _One:
+    def __init__(self, batches: Shuffle, key: str) -> None:
+        self.batches, self.key = batches, key
+
+    def __iter__(self) -> "_One":
+        return self
+
+    def __next__(self) -> Tensor:
+        return next(self.batches)[self.key]
+
+    def snapshot(self) -> State:
+        return self.batches.snapshot()
 
 
 class _Held:
-    """Chunks of the first pass, as long as they fit; ``n`` counts the activations of all, kept or not."""
+    """The chunks of one whole round, as long as they fit."""
 
     def __init__(self, room: int) -> None:
-        self.room = room
-        self.n = 0
-        self.whole = False
-        self.chunks: list[Tensor] = []
+        self.room, self.n, self.whole = room, 0, False
+        self.chunks: list[Chunk] = []
+        self._complete = False
 
-    def keep(self, chunk: Tensor) -> None:
-        self.n += len(chunk)
+    def begin(self, *, whole_round: bool) -> None:
+        self.n, self._complete = 0, whole_round
+        self.chunks.clear()
+
+    def keep(self, chunk: Chunk) -> None:
+        self.n += len(next(iter(chunk.rows.values())))
         if self.n <= self.room:
             self.chunks.append(chunk)
         else:
             self.chunks.clear()
 
+    def end(self) -> None:
+        self.whole = self._complete and self.n <= self.room
 
-def stream(
-    lm: LM, hook: HookPoint, texts: str | Path | Iterable[Any] | Texts, config: StreamConfig | None = None
+    def again(self, number: int) -> Iterator[Chunk]:
+        for start, end, rows in self.chunks:
+            yield Chunk(start._replace(round=number), end._replace(round=number), rows)
+
+
+class FromModel:
+    """Activations at hook points, as the model gives them on texts."""
+
+    def __init__(self, lm: LM, hooks: Sequence[HookPoint], texts: Texts, layout: Layout, n_ahead: int) -> None:
+        self.lm, self.hooks, self.texts, self.layout, self.n_ahead = lm, tuple(hooks), texts, layout, n_ahead
+        self.d_in = lm.d_model
+
+    def n_rows(self) -> int:
+        lm, layout = self.lm, self.layout
+        cut = sequences(lm, self.texts, layout.context_size, layout.which)
+        return sum(int(kept(lm, tokens, layout.which).sum()) for tokens in cut)
+
+    def chunks(self, start: Place) -> Iterator[Chunk]:
+        lm, cuda = self.lm, self.lm.device.type == "cuda"
+        source = ahead(groups(lm, self.texts, self.layout, start), self.n_ahead, _pinned if cuda else None)
+        waiting: tuple[Group, dict[HookPoint, Tensor]] | None = None
+        found = False
+        for group in source:
+            rows = read_group(lm, self.hooks, group)
+            finite = {hook: is_finite(x) for hook, x in rows.items()}
+            if not cuda:
+                self._check(group, finite)
+            elif waiting is not None:  # a group late, so that the host need not wait for the GPU
+                self._check(*waiting)
+            waiting, found = (group, finite), True
+            yield Chunk(group.start, group.end, {str(hook): x for hook, x in rows.items()})
+        if cuda and waiting is not None:
+            self._check(*waiting)
+        if not found and start == Place(start.round):
+            wanted = "a token" if self.layout.which == "all" else "an answer: tokens=answers needs dialogues"
+            raise DataError(f"none of the texts has {wanted}. Look at the texts, or at the tokenizer of {lm.name}.")
+
+    def _check(self, group: Group, finite: dict[HookPoint, Tensor]) -> None:
+        for hook in sorted(finite, key=lambda hook: hook.layer):  # the first is where it began
+            if not finite[hook].all():
+                row = int((~finite[hook]).int().argmax())
+                raise not_finite(self.lm, hook, group.sequences[bisect_right(group.bounds, row) - 1])
+
+
+def _pinned(group: Group) -> Group:
+    forwards: list[Forward] = [forward.pinned() for forward in group.forwards]
+    return Group(group.start, group.end, group.sequences, group.bounds, forwards)
+
+
+def streams(
+    lm: LM,
+    hooks: Sequence[HookPoint],
+    texts: str | Path | Iterable[Any] | Texts,
+    config: StreamConfig | None = None,
 ) -> Stream:
-    """Stream activations at ``hook``; ``texts`` is whatever ``read_texts`` takes.
+    """Stream activations at several hook points from one pass of the model; ``texts`` is what ``read_texts`` takes.
 
     ModelError, ConfigError or DataError for what cannot be; iterating raises DataError for activations that are not
     finite and for texts without a single token.
     """
-    return Stream(lm, hook, texts, config or StreamConfig())
+    config = config or StreamConfig()
+    for hook in hooks:
+        lm.check(hook)
+    if lm.n_positions is not None and config.context_size > lm.n_positions:
+        raise ConfigError(f"context_size {config.context_size} is more than {lm.name} takes: {lm.n_positions}")
+    source = FromModel(lm, hooks, read_texts(texts), layout_for(lm, config), config.ahead)
+    if source.layout.pack:
+        check_packing(lm, max(hooks, key=lambda hook: hook.layer), config.context_size)
+    return Stream(source, config)
 
 
-def sequences(lm: LM, texts: Texts, context_size: int, which: Which = "all") -> Iterator[Tokens]:
-    """Sequences of at most ``context_size`` tokens that have something to keep.
-
-    "all": every text whole, in pieces that each begin with BOS if the text did. "answers": each text up to the limit.
-    """
-    for text in texts:
-        if which == "answers":
-            pieces = [tokenize(lm, text, context_size=context_size)]
-        else:
-            pieces = _pieces(lm, tokenize(lm, text).ids, context_size)
-        yield from (piece for piece in pieces if kept(lm, piece, which).any())
+def stream(
+    lm: LM, hook: HookPoint, texts: str | Path | Iterable[Any] | Texts, config: StreamConfig | None = None
+) -> OneHook:
+    """As `streams`, at one hook point: batches are tensors [batch_tokens, d_in]."""
+    return streams(lm, [hook], texts, config).at(hook)
 
 
-def kept(lm: LM, tokens: Tokens, which: Which = "all") -> Tensor:
-    """Which tokens of a sequence are wanted: bool [t]. Never BOS, whose activations are like no others."""
-    wanted = torch.full((len(tokens.ids),), which == "all")
-    for answer in tokens.answers if which == "answers" else ():
-        wanted[answer.start : answer.stop] = True
-        wanted[answer.pre] = True
-    return wanted if lm.bos_id is None else wanted & (torch.tensor(tokens.ids) != lm.bos_id)
-
-
-def harvest(lm: LM, hook: HookPoint, tokens: Iterable[Tokens], lm_batch: int) -> Iterator[tuple[Tokens, Tensor]]:
-    """Each sequence with its activations [t, d_model] fp32, BOS included, in the order given.
-
-    Sequences of like length share a forward pass of ``lm_batch``. DataError where an activation is not finite.
-    """
-    source = iter(tokens)
-    while group := list(islice(source, SORTED_FORWARDS * lm_batch)):
-        by_length = sorted(range(len(group)), key=lambda i: len(group[i].ids))
-        found: dict[int, Tensor] = {}
-        for at in range(0, len(group), lm_batch):
-            rows = by_length[at : at + lm_batch]
-            found.update(zip(rows, _activations(lm, hook, [group[i].ids for i in rows]), strict=True))
-        for i, one in enumerate(group):
-            yield one, found.pop(i)
-
-
-def _activations(lm: LM, hook: HookPoint, batch: Sequence[list[int]]) -> list[Tensor]:
-    # on the right, where causal attention cannot see padding whatever the model does with positions
-    input_ids, mask = padded(lm, batch, side="right")
-    acts = read(lm, [hook], input_ids, mask)[hook].float()
-    broken = (~acts.isfinite().all(dim=-1) & mask.bool()).any(dim=-1)
-    if broken.any():
-        start = lm.tokenizer.decode(batch[int(broken.int().argmax())][:12])
-        raise DataError(f"activations at {hook} of {lm.name} are not finite in {start!r}: load it with dtype float32")
-    return [acts[row, : len(ids)] for row, ids in enumerate(batch)]
-
-
-def _pieces(lm: LM, ids: list[int], size: int) -> list[Tokens]:
-    bos = [i for i in ids[:1] if i == lm.bos_id]
-    room = size - len(bos)
-    return [Tokens(bos + ids[at : at + room]) for at in range(len(bos), len(ids), room)]
+def layout_for(lm: LM, config: StreamConfig) -> Layout:
+    """How sequences are put together on the device of the model."""
+    pack = lm.device.type == "cuda" if config.pack is None else config.pack
+    return Layout(context_size=config.context_size, lm_batch=config.lm_batch, which=config.tokens, pack=pack)

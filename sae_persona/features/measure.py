@@ -14,8 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_persona.activations.dialogues import AnswerSpan, Dialogue, Tokens, tokenize
+from sae_persona.activations.harvest import harvest
 from sae_persona.activations.lm import LM
-from sae_persona.activations.stream import Which, harvest, kept
+from sae_persona.activations.sequences import Which, kept
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.contexts import TopContexts

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_persona.activations.hooks import editing, model_inputs, read
 from sae_persona.activations.lm import LM, padded
-from sae_persona.activations.stream import Which, kept, sequences
+from sae_persona.activations.sequences import Which, kept, sequences
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.errors import DataError
 from sae_persona.sae.model import SAE

@@ -1,15 +1,18 @@
+import json
 from dataclasses import asdict
 
 import pytest
 import torch
 
 from sae_persona.activations.dialogues import Dialogue, Tokens, tokenize
+from sae_persona.activations.harvest import harvest
 from sae_persona.activations.hooks import editing, read
 from sae_persona.activations.lm import padded
-from sae_persona.activations.stream import StreamConfig, harvest, kept, sequences, stream
+from sae_persona.activations.sequences import kept, sequences
+from sae_persona.activations.stream import StreamConfig, stream
 from sae_persona.activations.texts import read_texts
 from sae_persona.errors import ConfigError, DataError, ModelError
-from sae_persona.types import HookPoint
+from sae_persona.types import HookPoint, State
 
 HOOK = HookPoint(1)
 TEXTS = ["a", "", "some words", "more of them, in a longer text that does not fit", "the end"]
@@ -71,10 +74,10 @@ def test_passes_go_over_the_texts_again(lm):
     assert len(list(twice)) == 2 * len(list(once)) == 2 * len("".join(TEXTS))
 
 
-def test_low_precision_models_give_fp32(make_lm):
+def test_activations_stay_in_the_dtype_of_the_model(make_lm):
     lm = make_lm()
     lm.model.bfloat16()
-    assert next(iter(stream(lm, HOOK, TEXTS, SMALL))).dtype == torch.float32
+    assert next(iter(stream(lm, HOOK, TEXTS, SMALL))).dtype == torch.bfloat16
 
 
 def test_answers_only(lm):
@@ -173,7 +176,7 @@ def test_config_is_inert():
 @pytest.mark.parametrize("room", [0, 3, 10_000])
 def test_held_activations_are_those_of_the_model(lm, room, monkeypatch):
     """Three passes give the same batches, with one run of the model if all fits and with three if it does not."""
-    from sae_persona.activations import stream as module
+    from sae_persona.activations import harvest as module
 
     calls = []
     monkeypatch.setattr(module, "read", lambda *args: calls.append(1) or read(*args))
@@ -192,3 +195,54 @@ def test_held_activations_are_those_of_the_model(lm, room, monkeypatch):
 def test_the_number_of_batches_is_known_beforehand(lm, passes):
     made = stream(lm, HOOK, TEXTS, config(passes=passes))
     assert made.n_batches() == len(list(made))
+
+
+@pytest.mark.parametrize("changes", [{}, {"passes": 2, "hold_tokens": 10_000}, {"passes": 2, "pack": True}], ids=str)
+def test_a_stream_goes_on_from_any_place(lm, changes):
+    texts = [text * 3 for text in TEXTS] * 4
+    made = streams(lm, [HOOK, HookPoint(0)], texts, config(**changes))
+    whole = list(made)
+    for done in (0, 1, 5, len(whole) - 1, len(whole)):
+        first = iter(made)
+        for _ in range(done):
+            next(first)
+        state = first.snapshot()
+        rest = list(made.resume(State(state.tensors, json.loads(json.dumps(state.numbers)))))
+        assert len(rest) == len(whole) - done
+        for a, b in zip(rest, whole[done:], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in ("layers.1.resid_post", "layers.0.resid_post"))
+
+
+def test_several_hook_points_come_from_one_pass(lm, monkeypatch):
+    from sae_persona.activations import harvest as module
+
+    calls = []
+    monkeypatch.setattr(module, "read", lambda *args: calls.append(1) or read(*args))
+    hooks = [HookPoint(2, "resid_pre"), HookPoint(0)]
+    alone = [list(stream(lm, hook, TEXTS, SMALL)) for hook in hooks]
+    calls_alone = len(calls)
+    calls.clear()
+    both = list(streams(lm, hooks, TEXTS, SMALL))
+    assert len(calls) == calls_alone / 2
+    for hook, batches in zip(hooks, alone, strict=True):
+        assert all(torch.equal(a[str(hook)], b) for a, b in zip(both, batches, strict=True))
+
+
+def test_the_layer_where_it_began_is_named(lm):
+    def spoil(x):
+        return x.index_fill(1, torch.tensor(2), float("inf"))
+
+    hooks = [HookPoint(2), HookPoint(0), HOOK]
+    with editing(lm, HOOK, spoil), pytest.raises(DataError, match=r"at layers.1.resid_post .* not finite in '<s>some"):
+        list(streams(lm, hooks, ["some words"], SMALL))
+
+
+def test_packed_activations_are_those_of_rows_each(lm):
+    plain, packed = (rows(stream(lm, HOOK, TEXTS, config(pack=on, batch_tokens=1))) for on in (False, True))
+    torch.testing.assert_close(torch.tensor(plain), torch.tensor(packed), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_how_far_ahead_changes_nothing(lm, n):
+    plain, other = (list(stream(lm, HOOK, TEXTS, config(ahead=k))) for k in (2, n))
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))

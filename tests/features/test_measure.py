@@ -9,8 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sae_persona.activations.dialogues import Dialogue, tokenize
+from sae_persona.activations.harvest import harvest
 from sae_persona.activations.lm import LM, wrap_lm
-from sae_persona.activations.stream import harvest
 from sae_persona.errors import ConfigError, DataError, FormatError, ModelError
 from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.runs import Run

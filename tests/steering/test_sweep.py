@@ -32,7 +32,7 @@ def chats(part, n=30):
 def direction(lm):
     """Formal minus informal at the colon, by hand: what a planted latent should find."""
     from sae_persona.activations.dialogues import Dialogue, tokenize
-    from sae_persona.activations.stream import harvest
+    from sae_persona.activations.harvest import harvest
     from sae_persona.types import HookPoint
 
     rows = [Dialogue.from_row(row, "") for row in corpora.labelled(200, "train")]
