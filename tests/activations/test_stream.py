@@ -9,7 +9,7 @@ from sae_persona.activations.harvest import harvest
 from sae_persona.activations.hooks import editing, read
 from sae_persona.activations.lm import padded
 from sae_persona.activations.sequences import kept, sequences
-from sae_persona.activations.stream import StreamConfig, stream
+from sae_persona.activations.stream import StreamConfig, stream, streams
 from sae_persona.activations.texts import read_texts
 from sae_persona.errors import ConfigError, DataError, ModelError
 from sae_persona.types import HookPoint, State
