@@ -1,33 +1,32 @@
 """The command line: one thin function a command. Results go to stdout, progress to stderr.
 
-Exit status: 0 done; 1 the answer is no; 2 the caller's mistake, said in one line. A traceback is our bug.
+Exit status: 0 done; 1 the answer is no; 2 the caller's mistake, said in one line; 128 and a signal's number: stopped by
+it, with a checkpoint to go on from. A traceback is our bug.
 """
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from tqdm import tqdm
 
-from sae_persona import pipeline
+from sae_persona import cli_training, pipeline
 from sae_persona.activations.lm import load_lm
-from sae_persona.activations.stream import StreamConfig
 from sae_persona.attribution.rank import RankConfig
-from sae_persona.errors import ConfigError, RunError, SaePersonaError
+from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
+from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.report.text import describe, describe_latent
 from sae_persona.runs import Run
-from sae_persona.sae.kernel_plan import KernelConfig
-from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.checkpoints import Interrupted
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.interventions import Positions
 from sae_persona.steering.sweep import SweepConfig
-from sae_persona.types import HookPoint
+from sae_persona.training import open_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,14 +36,10 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
+cli_training.add_to(app)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
-Texts = "a .txt (a text a line), .jsonl or .parquet file, or a Hugging Face dataset on disk"
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the run that is at --out.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Edits = Annotated[
     list[str],
     typer.Option(
@@ -57,16 +52,6 @@ Edits = Annotated[
 Where = Annotated[
     Positions, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
 ]
-
-
-def say(text: str) -> None:
-    """Tell of progress, on stderr."""
-    typer.echo(text, err=True)
-
-
-def show_result(text: object, value: Any, as_json: bool) -> None:
-    """Print a result on stdout, for people or as JSON."""
-    typer.echo(json.dumps(value, indent=1, allow_nan=False) if as_json else str(text))
 
 
 @app.command()
@@ -136,42 +121,6 @@ def lab_texts(
 
 
 @app.command()
-@with_flags(streaming=StreamConfig, training=TrainConfig, kernels=KernelConfig)
-def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, hub id, or lab.")],
-    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help=f"What the model reads: {Texts}.")],
-    out: Annotated[Path, typer.Option(help="Run folder to make.")],
-    hook: Annotated[str, typer.Option(help="Hook point: layers.LAYER.resid_post or resid_pre, layers from 0.")],
-    streaming: StreamConfig,
-    training: TrainConfig,
-    kernels: KernelConfig,
-    held_out: Annotated[Path | None, typer.Option(help="Texts to measure the SAE's quality on.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Module path of the model's list of blocks.")] = None,
-    device: Device = "cpu",
-    force: Force = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Train an SAE on the streamed activations of a model at one hook point."""
-    if kernels.precision == "fp8" and training.rule != "topk":
-        raise ConfigError(f"precision fp8 is for rule topk, got {training.rule}: choose bf16, or --rule topk")
-    # what a GPU would take can be asked for where there is none
-    lm = load_lm(model, device="cpu" if dry_run else device, blocks=blocks)
-    point = HookPoint.parse(hook)
-    lm.check(point)
-    for path in [texts, *([held_out] if held_out else [])]:
-        pipeline.check_texts(lm, path, streaming)
-    if dry_run:
-        on_gpu = device.startswith("cuda")
-        typer.echo(pipeline.plan(lm, point, streaming, training, kernels if on_gpu else None))
-        return
-    with Run.making(out, force=force) as run:
-        pipeline.train_stage(
-            run, lm, point, texts, streaming=streaming, training=training, kernels=kernels, held_out=held_out
-        )
-    typer.echo(describe(run))
-
-
-@app.command()
 @with_flags(skip={"config": {"context_size", "tokens"}}, config=MeasureConfig)
 def measure(
     run: RunPath,
@@ -185,7 +134,7 @@ def measure(
 ) -> None:
     """Statistics and contexts of every latent, and the activations of each labelled answer."""
     opened = Run.open(run)
-    lm = pipeline.open_model(opened, device=device)
+    lm = open_model(opened, device=device)
     trained = opened.stage("train")["streaming"]
     read = {"context_size": context_size or trained["context_size"], "tokens": tokens or trained["tokens"]}
     found = pipeline.measure_stage(opened, lm, dialogues, config=replace(config, **read))
@@ -224,7 +173,7 @@ def show(
     if latent is None:
         show_result(describe(run), run.manifest, as_json)
         return
-    text, facts = describe_latent(run, pipeline.open_model(run), latent, top)
+    text, facts = describe_latent(run, open_model(run), latent, top)
     show_result(text, facts, as_json)
 
 
@@ -242,7 +191,7 @@ def try_(
 ) -> None:
     """Answers to one prompt before and after an edit, side by side."""
     opened = Run.open(run)
-    lm = pipeline.open_model(opened, device=device)
+    lm = open_model(opened, device=device)
     pairs = pipeline.try_edits(opened, lm, prompt, pipeline.edits_of(opened, edit), positions, n=n, config=answers)
     width = max(len(before) for before, _ in pairs)
     table = "\n".join(f"{before:{width}}  ->  {after}" for before, after in pairs)
@@ -270,7 +219,7 @@ def sweep(
 
     opened = Run.open(run)
     rules = load_judge(judge)
-    lm = pipeline.open_model(opened, device=device)
+    lm = open_model(opened, device=device)
     result = pipeline.sweep_stage(
         opened,
         lm,
@@ -303,7 +252,7 @@ def export(
     taken = [path for path in (out, out.with_suffix(".safetensors")) if path.exists()]
     if taken and not force:
         raise RunError(f"{taken[0]} is there already: choose another --out, or pass --force to replace it")
-    lm = pipeline.open_model(opened)
+    lm = open_model(opened)
     edits = pipeline.edits_of(opened, edit)
     typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))
 
@@ -322,6 +271,9 @@ def main() -> None:
     """Run the command line; a caller's mistake becomes one line on stderr and exit status 2."""
     try:
         app()
+    except Interrupted as error:
+        typer.echo(f"sae-persona: {error}. The same command with --resume goes on", err=True)
+        sys.exit(128 + error.signal)
     except SaePersonaError as error:
         typer.echo(f"sae-persona: {error}", err=True)
         sys.exit(2)

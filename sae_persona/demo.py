@@ -23,7 +23,6 @@ from sae_persona.pipeline import (
     open_sae,
     rank_stage,
     sweep_stage,
-    train_stage,
 )
 from sae_persona.report.page import write_report
 from sae_persona.runs import Run
@@ -32,6 +31,7 @@ from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention
 from sae_persona.steering.sweep import SweepConfig
+from sae_persona.training import train_stage
 from sae_persona.types import HookPoint
 
 

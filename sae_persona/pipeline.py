@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,16 @@ import numpy as np
 import torch
 
 from sae_persona.activations.dialogues import prompt_tokens
-from sae_persona.activations.lm import LM, load_lm
-from sae_persona.activations.sequences import sequences
-from sae_persona.activations.stream import StreamConfig, stream
-from sae_persona.activations.texts import Texts, read_texts
+from sae_persona.activations.lm import LM
+from sae_persona.activations.texts import read_texts
 from sae_persona.attribution.baselines import difference_of_means
 from sae_persona.attribution.labels import select
 from sae_persona.attribution.rank import RankConfig, rank
 from sae_persona.attribution.ranking import Ranking
-from sae_persona.errors import DataError, ModelError, RunError
+from sae_persona.errors import DataError, RunError
 from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.features.pooled import Pooled
-from sae_persona.runs import Run, file_hash, write_json
-from sae_persona.sae.formats import hook_metadata, load_sae, save_sae
-from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig, plan_step
-from sae_persona.sae.model import SAE
-from sae_persona.sae.quality import Quality, quality
-from sae_persona.sae.recipe import TrainConfig
-from sae_persona.sae.train import Diverged, train
+from sae_persona.runs import Run
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
@@ -36,99 +28,12 @@ from sae_persona.steering.export.native import export
 from sae_persona.steering.interventions import Clamp, LatentEdit, Positions, parse_edit
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
-from sae_persona.types import HookPoint
-
-Source = str | Path | Sequence[Any] | Texts
-
-
-def open_model(run: Run, *, device: str = "cpu") -> LM:
-    """The language model that the run was trained on. ModelError if what is there now has another config."""
-    made = run.stage("train")["model"]
-    lm = load_lm(made["name"], device=device, blocks=made["blocks"])
-    if lm.config_hash != made["config_hash"]:
-        raise ModelError(f"{made['name']} is not the model that {run.path} was made with: its config is another one")
-    return lm
-
-
-def open_sae(run: Run, lm: LM) -> SAE:
-    """The run's SAE. ModelError if it is not for this model."""
-    run.stage("train")
-    sae = load_sae(run.sae)
-    sae.check_width(lm.d_model)
-    return sae.to(lm.device)
-
-
-def _input(source: Source) -> dict[str, Any]:
-    """What the manifest says of a stage's texts: a file's name and hash, or that they came from memory."""
-    if isinstance(source, str | Path):
-        path = Path(source)
-        return {"path": str(source), "sha256": file_hash(path) if path.exists() else None}
-    return {"path": None, "sha256": None}
-
-
-def train_stage(
-    run: Run,
-    lm: LM,
-    hook: HookPoint,
-    texts: Source,
-    *,
-    streaming: StreamConfig,
-    training: TrainConfig,
-    kernels: KernelConfig | None = DEFAULT_KERNELS,
-    held_out: Source | None = None,
-    progress: bool = True,
-) -> SAE:
-    """Train an SAE on streamed activations; with ``held_out`` texts, measure its quality on them too."""
-    facts = {
-        "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
-        "hook": str(hook),
-        "streaming": asdict(streaming),
-        "training": asdict(training),
-        "texts": _input(texts),
-    }
-    with run.recording("train", **facts):
-        batches = stream(lm, hook, texts, streaming)
-        # the learning rate can only fall towards an end that is known
-        steps = training.steps or batches.n_batches()
-        try:
-            sae = train(batches, replace(training, steps=steps), kernels=kernels, out=run.metrics, progress=progress)
-        except Diverged as error:
-            raise RunError(f"{error}{_keep(error.sae, run, hook_metadata(lm, hook))}") from error
-        save_sae(sae, run.sae, metadata=hook_metadata(lm, hook))
-    if held_out is not None:
-        quality_stage(run, lm, held_out, streaming=streaming)
-    return open_sae(run, lm)
-
-
-def _keep(sae: SAE | None, run: Run, metadata: dict[str, str]) -> str:
-    """Save the SAE of the last good step beside the run, which goes with its error; what to add to the message."""
-    if sae is None:
-        return ""
-    path = run.path.with_name(f"{run.path.name}.last_good")
-    save_sae(sae, path, metadata=metadata)
-    return f". The SAE of the last good step is in {path}"
-
-
-def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig) -> Quality:
-    """Measure how well the SAE stands in for the activations on texts that it was not trained on."""
-    with run.recording("quality", texts=_input(held_out)):
-        sae = open_sae(run, lm)
-        found = quality(
-            lm,
-            sae.hook,
-            sae,
-            held_out,
-            context_size=streaming.context_size,
-            lm_batch=streaming.lm_batch,
-            tokens=streaming.tokens,
-        )
-        write_json(run.quality, asdict(found))
-    return found
+from sae_persona.training import Source, input_facts, open_sae
 
 
 def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig) -> Measurement:
     """Pass labelled dialogues through model and SAE once; keep statistics, contexts and pooled examples."""
-    with run.recording("measure", config=asdict(config), texts=_input(dialogues)) as facts:
+    with run.recording("measure", config=asdict(config), texts=input_facts(dialogues)) as facts:
         sae = open_sae(run, lm)
         found = measure(lm, sae.hook, sae, dialogues, config)
         if not len(found.pooled.ids):
@@ -302,45 +207,6 @@ def questions_of(source: Source) -> list[Messages]:
     if not chats:
         raise DataError("no question in these texts: a row needs messages that a user's message ends")
     return chats
-
-
-def check_texts(lm: LM, source: Source, streaming: StreamConfig) -> None:
-    """DataError unless at least one of the texts has a token to read: before anything is made for nothing."""
-    if next(sequences(lm, read_texts(source), streaming.context_size, streaming.tokens), None) is None:
-        wanted = "a token" if streaming.tokens == "all" else "an answer: --tokens answers needs dialogues"
-        raise DataError(f"none of the texts in {source} has {wanted}")
-
-
-def plan(
-    lm: LM, hook: HookPoint, streaming: StreamConfig, training: TrainConfig, kernels: KernelConfig | None = None
-) -> str:
-    """What training would do and hold, in tokens and megabytes; on a GPU, with ``kernels``, also how long it takes."""
-    steps = "one pass over the texts" if training.steps is None else f"{training.steps} steps"
-    lines = [
-        f"{training.rule} SAE of {training.n_latents} latents, k {training.k}, width {lm.d_model}, at {hook}",
-        f"{steps} of {streaming.batch_tokens} activations; learning rate {training.peak_lr:.2e}",
-        f"shuffle buffer {streaming.buffer_tokens * lm.d_model * 4 / 1e6:.1f} MB",
-    ]
-    if kernels is not None:
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"
-        step = plan_step(
-            kernels,
-            n=streaming.batch_tokens,
-            d_in=lm.d_model,
-            n_latents=training.n_latents,
-            k=training.k,
-            rule=training.rule,
-            n_prefixes=max(1, len(training.prefixes)),
-            card=card,
-        )
-        return "\n".join([*lines, f"on {card}:", str(step)])
-    parameters = 2 * training.n_latents * lm.d_model + training.n_latents + lm.d_model
-    pre_acts = streaming.batch_tokens * training.n_latents * 4
-    lines += [
-        f"parameters {parameters:,}: {parameters * 16 / 1e6:.1f} MB with gradients and Adam's moments in fp32",
-        f"pre-activations of a batch {pre_acts / 1e6:.1f} MB",
-    ]
-    return "\n".join(lines)
 
 
 def try_edits(

@@ -3,6 +3,7 @@
     RUN/manifest.json              format, versions, and one entry a stage: resolved config, inputs, seconds
     RUN/sae/                       cfg.json + sae_weights.safetensors (SAELens' layout)
     RUN/metrics.jsonl              one line a logged training step
+    RUN/checkpoints/               while training: what it goes on from
     RUN/quality.json               FVU, L0, dead share, CE and KL on held-out texts
     RUN/latents.h5                 LatentStats and top contexts
     RUN/examples.h5                pooled latents and activations of each labelled example
@@ -141,12 +142,21 @@ class Run:
 
     @classmethod
     @contextmanager
-    def making(cls, path: str | Path, *, force: bool = False) -> Iterator[Self]:
+    def making(cls, path: str | Path, *, force: bool = False, resume: bool = False) -> Iterator[Self]:
         """Make a run folder for what the block does. If the block ends in an error, the folder is gone again.
 
-        ``force`` replaces a run that is there, and brings it back after an error. RunError if something else is there.
+        force    replace a run that is there; it comes back after an error
+        resume   go on with a run that is there and has not been trained to the end
+
+        A folder with a checkpoint stays after an error: it can be resumed. RunError if something else is there.
         """
         path, old = Path(path), None
+        if resume and _taken(path):
+            run = cls.open(path)
+            if any(entry["stage"] == "train" for entry in run.manifest["stages"]):
+                raise RunError(f"{path} is trained to the end: there is nothing to resume")
+            yield run
+            return
         if force and _taken(path):
             if not (path / "manifest.json").is_file():
                 raise RunError(f"{path} is not a run folder, so --force does not replace it: choose another --out")
@@ -156,6 +166,10 @@ class Run:
             made = cls.create(path)
             yield made
         except BaseException:  # an interrupt too must bring the old run back
+            if made and made.checkpoints.is_dir():
+                if old:
+                    shutil.rmtree(old)
+                raise
             if made:
                 shutil.rmtree(path)
             if old:
@@ -202,6 +216,10 @@ class Run:
     @property
     def sae(self) -> Path:
         return self.path / "sae"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:

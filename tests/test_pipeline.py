@@ -2,17 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from sae_persona import pipeline
+from sae_persona import training
 from sae_persona.activations.lm import load_lm
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.errors import ModelError, RunError
 from sae_persona.features.measure import Measurement
 from sae_persona.lab import corpora
-from sae_persona.pipeline import candidates, edits_of, matched_latents, open_model, open_ranking, rates_at
+from sae_persona.pipeline import candidates, edits_of, matched_latents, open_ranking, rates_at
 from sae_persona.runs import Run, write_json
 from sae_persona.sae.formats import load_sae
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.sae.train import Diverged
+from sae_persona.training import open_model
 from sae_persona.types import HookPoint
 
 
@@ -61,14 +62,14 @@ def test_training_that_diverges_keeps_the_last_good_sae_beside_the_run(demo_run,
     good = load_sae(demo_run.sae)
 
     def diverge(*args, **kwargs):
-        raise Diverged("the loss is inf at step 7", good)
+        raise Diverged("the loss is inf at step 7", good, "")
 
-    monkeypatch.setattr(pipeline, "train", diverge)
+    monkeypatch.setattr(training, "train_many", diverge)
     with (
         pytest.raises(RunError, match=r"inf at step 7\. The SAE of the last good step is in .*run\.last_good"),
         Run.making(tmp_path / "run") as run,
     ):
-        pipeline.train_stage(
+        training.train_stage(
             run,
             load_lm("lab"),
             HookPoint(3),

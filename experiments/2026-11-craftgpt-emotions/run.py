@@ -36,13 +36,10 @@ from sae_persona.pipeline import (
     matched_latents,
     mean_difference,
     measure_stage,
-    open_model,
     open_ranking,
-    open_sae,
     rank_stage,
     rates_at,
     sweep_stage,
-    train_stage,
 )
 from sae_persona.report.page import write_report
 from sae_persona.runs import Run, read_json, write_json
@@ -54,6 +51,7 @@ from sae_persona.steering.export.native import load_intervention
 from sae_persona.steering.interventions import Clamp, Positions, Steer
 from sae_persona.steering.strength import wilson
 from sae_persona.steering.sweep import SweepConfig
+from sae_persona.training import open_model, open_sae, train_stage
 from sae_persona.types import HookPoint
 
 HERE = Path(__file__).parent

@@ -52,6 +52,10 @@ class LM:
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
     def bos_id(self) -> int | None:
         """The tokenizer's BOS; configs name one even where the tokenizer has none."""
         return self.tokenizer.bos_token_id
@@ -73,6 +77,11 @@ class LM:
         """SHA-256 of the config in hex. The same from memory, a folder or the hub, in any dtype."""
         config = json.loads(self.model.config.to_json_string(use_diff=False))  # pyright: ignore
         return sha256(json.dumps(_lasting(config), sort_keys=True).encode()).hexdigest()
+
+    def compile(self) -> None:
+        """Compile each block; hooks stay outside, where they see what they saw."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)
 
     def hook_points(self) -> list[HookPoint]:
         """Every place that can be read or edited, in the order in which a forward pass meets them."""

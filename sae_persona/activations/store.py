@@ -207,7 +207,7 @@ class Writer:
         """Where the next shard begins."""
         return Place(*self.shards[-1].place) if self.shards else Place()
 
-    def write(self, chunks: Iterator[Chunk], on_rows: Callable[[int], None] = lambda n: None) -> Store:
+    def write(self, chunks: Iterator[Chunk], on_rows: Callable[[int], object] = lambda n: None) -> Store:
         """Write all chunks, which begin at `place`; ``on_rows`` is told of each number of rows written."""
         source = _Cut(chunks)
         while not self.complete and source.more():
@@ -216,7 +216,7 @@ class Writer:
         self._record()
         return Store(self.path)
 
-    def _write_shard(self, source: "_Cut", on_rows: Callable[[int], None]) -> None:
+    def _write_shard(self, source: "_Cut", on_rows: Callable[[int], object]) -> None:
         name = f"shard-{len(self.shards):05}.h5"
         hashes = {hook: sha256() for hook in self.facts["hooks"]}
         written = 0

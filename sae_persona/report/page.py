@@ -86,7 +86,7 @@ def _personas(run: Run) -> list[PersonaView]:
         return gather(run, None, None)
     if not any((run.path / folder).is_dir() for folder in ("rankings", "sweeps")):
         return []
-    from sae_persona.pipeline import open_model  # here: the page is imported by what pipeline's callers import
+    from sae_persona.training import open_model  # here: the page is imported without what reads a model
 
     with reading_h5(run.latents, "latents") as file:
         contexts = TopContexts.from_h5(file["contexts"])

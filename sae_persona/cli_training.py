@@ -1,0 +1,180 @@
+"""Commands that make SAEs and activation stores: `train`, `grid`, `cache`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+from sae_persona import training as stages
+from sae_persona.activations.lm import LM, load_lm
+from sae_persona.activations.store import Store
+from sae_persona.activations.stream import StreamConfig
+from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result
+from sae_persona.errors import ConfigError
+from sae_persona.flags import with_flags
+from sae_persona.report.text import describe
+from sae_persona.runs import Run
+from sae_persona.sae.kernel_plan import KernelConfig
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.training import CacheConfig, PlaceConfig
+from sae_persona.types import HookPoint
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, hub id, or lab.")]
+TextsArgument = Annotated[
+    Path, typer.Argument(metavar="TEXTS", help=f"What the model reads: {Texts}; or an activation store.")
+]
+Hook = "layers.LAYER.resid_post or resid_pre, layers from 0"
+HeldOut = Annotated[Path | None, typer.Option(help="Texts to measure the SAE's quality on.")]
+Blocks = Annotated[str | None, typer.Option(help="Module path of the model's list of blocks.")]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Annotated[str, typer.Option(help="The model's: float32, bfloat16 or float16.")]
+Compile = Annotated[bool, typer.Option(help="Compile the model's blocks: minutes at first, faster afterwards.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run at --out, from its last checkpoint.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(train)
+    app.add_typer(cache_app, name="cache")
+
+
+def _load(model: str, device: str, dtype: str, blocks: str | None, *, compiled: bool = False) -> LM:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    lm = load_lm(model, device=device, dtype=DTYPES[dtype], blocks=blocks)
+    if compiled:
+        lm.compile()
+    return lm
+
+
+def _check_rule(kernels: KernelConfig, training: TrainConfig) -> None:
+    if kernels.precision == "fp8" and training.rule != "topk":
+        raise ConfigError(f"precision fp8 is for rule topk, got {training.rule}: choose bf16, or --rule topk")
+
+
+def _as_stored(texts: Path, streaming: StreamConfig) -> StreamConfig:
+    """As the store was made, if ``texts`` is one: what is in it was cut then."""
+    if not Store.is_at(texts):
+        return streaming
+    facts = Store(texts).facts
+    say(f"activations from {texts}: context size {facts['context_size']}, tokens {facts['tokens']}")
+    return replace(streaming, context_size=facts["context_size"], tokens=facts["tokens"])
+
+
+@with_flags(streaming=StreamConfig, training=TrainConfig, kernels=KernelConfig, place=PlaceConfig)
+def train(
+    model: Model,
+    texts: TextsArgument,
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    hook: Annotated[str, typer.Option(help=f"Hook point: {Hook}.")],
+    streaming: StreamConfig,
+    training: TrainConfig,
+    kernels: KernelConfig,
+    place: PlaceConfig,
+    held_out: HeldOut = None,
+    blocks: Blocks = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    compile: Compile = False,
+    resume: Resume = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train an SAE on the streamed activations of a model at one hook point."""
+    _check_rule(kernels, training)
+    # what a GPU would take can be asked for where there is none
+    lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
+    point = HookPoint.parse(hook)
+    lm.check(point)
+    streaming = _as_stored(texts, streaming)
+    for path in [texts, *([held_out] if held_out else [])]:
+        stages.check_texts(lm, path, streaming)
+    if dry_run:
+        on_gpu = device.startswith("cuda")
+        typer.echo(stages.plan(lm, point, streaming, training, kernels if on_gpu else None))
+        return
+    with Run.making(out, force=force, resume=resume) as run:
+        stages.train_stage(
+            run, lm, point, texts, streaming=streaming, training=training, kernels=kernels, place=place,
+            held_out=held_out,
+        )  # fmt: skip
+    typer.echo(describe(run))
+
+
+class _MakesByDefault(TyperGroup):
+    """`cache MODEL TEXTS` makes a store; `cache verify STORE` is the other command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["make", *args]
+        return super().resolve_command(ctx, args)
+
+
+cache_app = typer.Typer(
+    cls=_MakesByDefault,
+    no_args_is_help=True,
+    help="Keep activations on disk, for many trainings: `cache MODEL TEXTS --out STORE`, `cache verify STORE`.",
+)
+
+
+@cache_app.command(name="make")
+@with_flags(
+    skip={"streaming": {"batch_tokens", "buffer_tokens", "buffer_on_host", "passes", "hold_tokens", "seed"}},
+    streaming=StreamConfig,
+    config=CacheConfig,
+)
+def cache_make(
+    model: Model,
+    texts: TextsArgument,
+    out: Annotated[Path, typer.Option(help="Store to make.")],
+    hook: Annotated[list[str], typer.Option(help=f"Hook point: {Hook}. May be given several times.")],
+    streaming: StreamConfig,
+    config: CacheConfig,
+    blocks: Blocks = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    compile: Compile = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the store at --out.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the activations of a model on texts, in their order, as HDF5 shards."""
+    if Store.is_at(texts):
+        raise ConfigError(f"{texts} is an activation store already: give the texts")
+    lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
+    hooks = [HookPoint.parse(text) for text in hook]
+    for point in hooks:
+        lm.check(point)
+    stages.check_texts(lm, texts, streaming)
+    if dry_run:
+        row = lm.d_model * DTYPES[dtype].itemsize * len(hooks)
+        typer.echo(
+            f"activations of {', '.join(map(str, hooks))}, {row / 1e3:.1f} kB a token, {row * 1e-3:.1f} GB a million; "
+            f"shards of {config.shard_tokens} tokens, {config.shard_tokens * row / 1e6:.1f} MB"
+        )
+        return
+    with tqdm(unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        store = stages.cache_stage(
+            out, lm, hooks, texts, streaming=streaming, config=config, resume=resume, on_rows=bar.update
+        )
+    typer.echo(f"{store.path}: {store.n_rows()} activations at each of {len(hooks)} hook points, "
+               f"{sum(shard.bytes for shard in store.shards) / 1e6:.1f} MB in {len(store.shards)} shards")  # fmt: skip
+
+
+@cache_app.command(name="verify")
+def cache_verify(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="An activation store.")], as_json: AsJson = False
+) -> None:
+    """Read a store whole and compare it with the sums that were written; exit status 1 if anything is wrong."""
+    opened = Store(store)
+    wrong = opened.verify()
+    if not opened.complete:
+        wrong.append(f"{store} is not complete: `sae-persona cache ... --resume` goes on")
+    facts = {"rows": opened.n_rows(), "shards": len(opened.shards), "complete": opened.complete, "wrong": wrong}
+    good = f"{store}: {opened.n_rows()} activations in {len(opened.shards)} shards are as they were written"
+    show_result("\n".join(wrong) or good, facts, as_json)
+    if wrong:
+        raise typer.Exit(1)

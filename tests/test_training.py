@@ -1,0 +1,136 @@
+"""The commands that make SAEs and stores, as a user runs them."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sae_persona.lab.corpora import write_texts
+from sae_persona.sae.formats import load_sae
+
+FLAGS = [
+    *("--hook", "layers.3", "--context-size", "128", "--tokens", "answers", "--buffer-tokens", "1024"),
+    *("--batch-tokens", "128", "--n-latents", "64", "--k", "4", "--log-every", "5", "--lm-batch", "8", "--ahead", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder, n=120, n_labelled=8, n_questions=2, seed=0)
+    return folder / "corpus.jsonl"
+
+
+def command(*args):
+    return [sys.executable, "-m", "sae_persona", *map(str, args)]
+
+
+def run(*args):
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=300, check=False)
+
+
+def train(texts, out, *more):
+    return ["train", "lab", texts, "--out", out, *FLAGS, "--steps", 60, *more]
+
+
+@pytest.fixture(scope="module")
+def unbroken(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    done = run(*train(texts, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_progress_ends_at_100_percent_and_no_checkpoint_is_left(unbroken):
+    assert (unbroken / "sae" / "cfg.json").is_file() and not (unbroken / "checkpoints").exists()
+    assert len((unbroken / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_step_and_resume_give_the_same_bits(texts, unbroken, tmp_path):
+    out = tmp_path / "killed"
+    flags = train(texts, out, "--checkpoint-minutes", 0)
+    for more in ([], ["--resume"]):
+        process = subprocess.Popen(command(*flags, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_step(out, random.randint(9, 20) + (20 if more else 0), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "sae").exists() and (out / "checkpoints").is_dir()
+    done = run(*flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    same_sae(out, unbroken)
+    again = run(*flags, "--resume")
+    assert again.returncode == 2 and "is trained to the end: there is nothing to resume" in again.stderr
+
+
+def wait_for_step(out, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        found = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*")]
+        if found and max(found) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no checkpoint of step {step}: {process.poll()}")
+
+
+def same_sae(a, b):
+    assert load_sae(a / "sae").fingerprint == load_sae(b / "sae").fingerprint
+    steps = [[json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
+    assert steps[0] == steps[1]
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(texts, unbroken, tmp_path):
+    out = tmp_path / "stopped"
+    flags = train(texts, out)
+    process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM after step" in said and "with --resume goes on" in said.splitlines()[-1]
+    other = run(*train(texts, out, "--resume", "--lr", "0.5"))
+    assert other.returncode == 2 and "made with other settings: training.lr was None, now 0.5" in other.stderr
+    refused = run(*flags)
+    assert refused.returncode == 2 and "is not empty" in refused.stderr
+    done = run(*flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    same_sae(out, unbroken)
+
+
+def test_a_store_gives_the_very_sae_of_the_stream(texts, unbroken, tmp_path):
+    store = tmp_path / "store"
+    keys = FLAGS[:6]
+    made = run("cache", "lab", texts, "--out", store, *keys, "--hook", "layers.1.resid_pre", "--lm-batch", 8,
+               "--shard-tokens", 500)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "activations at each of 2 hook points" in made.stdout
+    assert "are as they were written" in run("cache", "verify", store).stdout
+    done = run(*train(store, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    same_sae(tmp_path / "run", unbroken)
+    shard = store / "shard-00001.h5"
+    shard.write_bytes(shard.read_bytes()[:-50])
+    found = run("cache", "verify", store, "--json")
+    assert found.returncode == 1 and "shard-00001.h5" in json.loads(found.stdout)["wrong"][0]
+    bad = run(*train(store, tmp_path / "bad"))
+    assert bad.returncode == 2 and "shard-00001.h5 has" in bad.stderr and not (tmp_path / "bad").exists()
+    assert run(*train(store, tmp_path / "bad", "--skip-bad")).returncode == 0
+
+
+def test_wrong_requests_are_refused_in_one_line_before_anything_is_made(texts, tmp_path):
+    for flags, message in [
+        (["--dtype", "float8"], "dtype is one of float32, bfloat16, float16, got 'float8'"),
+        (["--checkpoint-minutes", "-1"], "checkpoint_minutes must be 0 or more, got -1.0"),
+        (["--context-size", "1000"], "context_size 1000 is more than lab takes"),
+    ]:
+        done = run(*train(texts, tmp_path / "run", *flags))
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+    assert "no activation store at" in run("cache", "verify", tmp_path / "absent").stderr
+    dry = run("cache", "lab", texts, "--out", tmp_path / "s", *FLAGS[:6], "--dry-run")
+    assert dry.returncode == 0 and "GB a million" in dry.stdout and not (tmp_path / "s").exists()
