@@ -37,6 +37,16 @@ def test_what_is_saved_is_what_is_loaded(rule, tmp_path):
     torch.testing.assert_close(again.decode(again.encode(x)), sae.decode(sae.encode(x)))
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_saving_and_loading_is_exact_to_the_bit(rule, tmp_path):
+    wide = torch.nn.functional.normalize(torch.randn(50, 3000), dim=1)  # whose norms are 1 within rounding only
+    threshold = Threshold(torch.rand(50)) if isinstance(rule, Threshold) else rule
+    sae = SAE(torch.randn(50, 3000), torch.randn(50), wide, torch.randn(3000), threshold)
+    assert (wide.norm(dim=1) != 1).any()
+    save_sae(sae, tmp_path / "sae")
+    assert load_sae(tmp_path / "sae").fingerprint == sae.fingerprint
+
+
 def test_saving_replaces_what_was_there_whole(tmp_path):
     save_sae(make(TopK(5)), tmp_path / "sae")
     save_sae(make(ReLU()), tmp_path / "sae")
@@ -84,8 +94,8 @@ BREAK = {
     "no folder": (lambda f: (f / CONFIG).unlink(), "no SAE config at"),
     "not json": (lambda f: (f / CONFIG).write_text("{"), "is not a SAE config"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "is not an SAE config"),
-    "another architecture": (lambda f: edit_config(f, architecture="gated"), "reads jumprelu, standard, topk"),
-    "normalised": (lambda f: edit_config(f, normalize_activations="layer_norm"), "fold it into the weights"),
+    "another architecture": (lambda f: edit_config(f, architecture="temporal"), "this version reads standard, topk"),
+    "normalised": (lambda f: edit_config(f, normalize_activations="layer_norm"), "which no weights can hold"),
     "no k": (lambda f: edit_config(f, k=None), "needs k between 1 and 40"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "cannot read the SAE weights"),
     "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:200]), "cannot read the SAE weights"),
