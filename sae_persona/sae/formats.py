@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_persona.activations.lm import LM
 from sae_persona.runs import read_json
-from sae_persona.sae import dictionary_learning, saelens, sparsify
+from sae_persona.sae import dictionary_learning, pretrained, saelens, sparsify
 from sae_persona.sae.model import SAE
 from sae_persona.types import HookPoint
 
@@ -33,8 +33,10 @@ def save_sae(sae: SAE, folder: str | Path, *, metadata: dict[str, Any] | None = 
     saelens.write(sae, Path(folder), {**sae.metadata, **(metadata or {})})
 
 
-def load_sae(folder: str | Path) -> SAE:
+def load_sae(source: str | Path, sae_id: str | None = None) -> SAE:
     """Read an SAE that we, SAELens, sparsify or dictionary_learning wrote, in fp32 on the CPU.
+
+    source   the SAE's folder; with ``sae_id`` a release of SAELens' registry, which is downloaded unless it is cached
 
     Input normalisation is folded into the weights, and decoder rows are brought to unit norm with the activations
     scaled up in turn, which leaves reconstructions as they were; so activations are the file's times the norm of its
@@ -44,10 +46,12 @@ def load_sae(folder: str | Path) -> SAE:
     Metadata keep the file's words; ``model`` and ``hook`` are added where they tell it.
 
     FormatError: no such folder, not JSON, broken weights, another architecture, missing tensors, wrong shapes, an
-    input normalisation that no weights can hold.
+    input normalisation that no weights can hold. With ``sae_id`` also ModelError and RunError, as `load_pretrained`.
     """
-    layout, config = _opened(Path(folder))
-    return layout.read(config, Path(folder))
+    if sae_id is not None:
+        return pretrained.load_pretrained(str(source), sae_id)
+    layout, config = _opened(Path(source))
+    return layout.read(config, Path(source))
 
 
 def is_sae(folder: str | Path) -> bool:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_persona.errors import FormatError
-from sae_persona.sae.formats import CONFIG, WEIGHTS, hook_metadata, load_sae, save_sae
+from sae_persona.sae.formats import CONFIG, WEIGHTS, hook_metadata, is_sae, load_sae, sae_facts, save_sae
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
 from sae_persona.types import HookPoint
@@ -112,3 +112,26 @@ def test_a_folder_that_cannot_be_read_is_a_format_error_of_one_line(damage, mess
     with pytest.raises(FormatError, match=message) as caught:
         load_sae(tmp_path / "sae")
     assert "\n" not in str(caught.value)
+
+
+def test_facts_are_read_from_the_config_alone(tmp_path):
+    assert not is_sae(tmp_path)
+    told = {"model": "tiny", "hook": "layers.1.resid_post", "n_tokens": 7, "training": {"k": 3}}
+    save_sae(make(RULES["jumprelu"]), tmp_path / "sae", metadata=told)
+    (tmp_path / "sae" / WEIGHTS).unlink()
+    assert is_sae(tmp_path / "sae")
+    assert sae_facts(tmp_path / "sae") == {
+        "format": "SAELens",
+        "architecture": "jumprelu",
+        "d_in": D_IN,
+        "d_out": D_IN,
+        "n_latents": N_LATENTS,
+        "k": 3,
+        "hook": "layers.1.resid_post",
+        "model": "tiny",
+        "l0": 4.5,
+        "tokens": 7,
+        "dead": None,
+        "normalisation": "none",
+        "dtype": "float32",
+    }
