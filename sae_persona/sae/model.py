@@ -96,7 +96,7 @@ class SAE(nn.Module):
         digest.update(repr(getattr(self.rule, "k", None)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # a width of 1 has odd strides
         return digest.hexdigest()
 
     def check_width(self, d: int) -> None:

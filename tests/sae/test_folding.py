@@ -1,6 +1,8 @@
 """Whatever is folded, the SAE in fp32 answers on raw activations as the file's formula does in fp64."""
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_persona.sae.folding import RawSAE, gated
+from sae_persona.sae.formats import load_sae, save_sae
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
 
@@ -115,6 +118,17 @@ def test_a_gated_sae_is_a_jumprelu_one(sizes, seed):
     found = sae.encode(x).dense(n)
     torch.testing.assert_close(found[clear], wanted[clear], rtol=1e-4, atol=1e-4)
     assert ((found > 0) == (wanted > 0))[clear].all()
+
+
+@fast
+@given(SIZES, SEEDS, SCALES, st.sampled_from(["relu", "topk", "threshold"]))
+def test_what_was_folded_is_saved_and_loaded_to_the_bit(sizes, seed, scale, rule):
+    more = {"topk": {"k": 1}, "threshold": {"threshold": torch.linspace(-1, 1, sizes[1])}}.get(rule, {})
+    sae, x = random_raw(sizes, seed, **more).centred().scaled(scale).finished({}), tokens(sizes, seed)
+    with TemporaryDirectory() as folder:
+        save_sae(sae, Path(folder, "sae"))
+        again = load_sae(Path(folder, "sae"))
+    assert again.fingerprint == sae.fingerprint and again.predict(x).equal(sae.predict(x))
 
 
 def test_rows_of_norm_1_within_rounding_stay_to_the_bit():
