@@ -88,15 +88,16 @@ def test_unknown_names_are_answered_with_the_nearest(hub):
         load_sae("planted", "layer_3")
 
 
-def test_a_hub_that_does_not_answer_is_one_line(hub, monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
+@pytest.mark.parametrize("kind", ["LocalEntryNotFoundError", "OfflineModeIsEnabled"])
+def test_a_hub_that_does_not_answer_is_one_line(kind, hub, monkeypatch):
+    from huggingface_hub import errors
     from sae_lens.loading import pretrained_sae_loaders
 
     with pytest.raises(RunError, match="cannot fetch layer-3 of planted: no three/cfg.json"):
         load_sae("planted", "layer-3")
 
     def unreachable(**_) -> str:
-        raise LocalEntryNotFoundError("cannot find the requested files\nin the cache")
+        raise getattr(errors, kind)("cannot find the requested files\nin the cache")
 
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", unreachable)
     with pytest.raises(RunError, match="cannot find the requested files: check the connection") as caught:
