@@ -20,9 +20,10 @@ from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
-from sae_persona.report.text import describe, describe_latent
+from sae_persona.report.text import describe, describe_latent, describe_sae
 from sae_persona.runs import Run
 from sae_persona.sae.checkpoints import Interrupted
+from sae_persona.sae.formats import is_sae
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.interventions import Positions
 from sae_persona.steering.sweep import SweepConfig
@@ -157,13 +158,16 @@ def rank(run: RunPath, persona: Persona, config: RankConfig, as_json: AsJson = F
 
 @app.command()
 def show(
-    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a model.")],
+    what: Annotated[str, typer.Argument(metavar="RUN|SAE|MODEL", help="A run or SAE folder, or a model.")],
     latent: Annotated[int | None, typer.Argument(metavar="LATENT", help="One latent of the run.")] = None,
     top: Annotated[int, typer.Option(help="Contexts to show.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """A run, a model's hook points, or one latent with its strongest contexts."""
+    """A run, one latent with its strongest contexts, an SAE by its config alone, or a model's hook points."""
     if not (Path(what) / "manifest.json").is_file():
+        if is_sae(what):
+            show_result(*describe_sae(Path(what)), as_json)
+            return
         lm = load_lm(what)
         points = [str(point) for point in lm.hook_points()]
         facts = {"model": what, "blocks": lm.blocks_path, "d_model": lm.d_model, "hook_points": points}

@@ -107,6 +107,30 @@ def test_showing_a_model_lists_its_hook_points(call):
     assert json.loads(call("show", "lab", "--json")[1])["d_model"] == 128
 
 
+def test_showing_an_sae_reads_its_config_alone(call, demo_run, tmp_path):
+    folder = shutil.copytree(demo_run.sae, tmp_path / "sae")
+    (folder / "sae_weights.safetensors").unlink()
+    code, shown, err = call("show", folder)
+    assert code == 0, err
+    assert [line.split() for line in shown.splitlines()][:2] == [["format", "SAELens"], ["architecture", "jumprelu"]]
+    facts = json.loads(call("show", folder, "--json")[1])
+    training = demo_run.stage("train")["training"]
+    assert (facts["n_latents"], facts["k"]) == (training["n_latents"], training["k"])
+    assert facts["hook"] == demo_run.stage("train")["hook"] and facts["model"] == "lab"
+    assert facts["l0"] > 0 and facts["tokens"] > 0 and facts["d_in"] == facts["d_out"] == 128
+    (folder / "cfg.json").write_text("{}")
+    code, shown, err = call("show", folder)
+    assert (code, shown, err.count("\n")) == (2, "", 1)
+
+
+def test_showing_an_sae_loads_no_language_model_library(demo_run):
+    code = "import sys; from sae_persona import cli; sys.argv[:] = ['x', 'show', sys.argv[1]]\n"
+    code += "try: cli.main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, demo_run.sae], capture_output=True, text=True)
+    assert "n_latents" in done.stdout, done.stderr
+    assert not {"sae_lens", "transformers", "transformer_lens"} & set(done.stdout.split())
+
+
 def test_a_dry_run_makes_nothing(call, texts, tmp_path):
     out = tmp_path / "run"
     code, shown, err = call("train", "lab", texts / "corpus.jsonl", "--hook", "3", "--out", out, "--dry-run")

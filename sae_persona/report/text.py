@@ -1,6 +1,7 @@
-"""A run, or one of its latents, as plain text for the terminal."""
+"""A run, one of its latents, or an SAE folder, as plain text for the terminal."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sae_persona.activations.lm import LM
@@ -8,6 +9,7 @@ from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError
 from sae_persona.features.measure import Measurement
 from sae_persona.runs import Run, read_json
+from sae_persona.sae.formats import sae_facts
 from sae_persona.steering.arms import Sweep
 
 
@@ -40,6 +42,13 @@ def describe(run: Run) -> str:
             f"at {swept.chosen.cost.value:.2f} x perplexity"
         )
     return "\n".join(lines)
+
+
+def describe_sae(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What an SAE folder's config says, without its weights, as text and as JSON values."""
+    facts = sae_facts(folder)
+    width = max(map(len, facts)) + 2
+    return "\n".join(f"{name:{width}}{value}" for name, value in facts.items() if value is not None), facts
 
 
 def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[str, Any]]:

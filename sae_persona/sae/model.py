@@ -24,6 +24,11 @@ class SAE(nn.Module):
         b_enc, b_dec   [n_latents], [d_in]
         metadata       JSON values, among them ``model`` and ``hook`` (``layers.12.resid_post``) where known
 
+    A transcoder reads one place and predicts another, so its ``w_dec`` is [n_latents, d_out] and its ``b_dec``
+    [d_out]; with a skip connection it also adds ``x @ w_skip.T``, w_skip [d_out, d_in]. It can be encoded and
+    measured; what takes the reconstruction for x (quality, edits) refuses it by `check_rebuilds`.
+    Dunefsky et al., 2024 (2406.11944); skips: Paulo et al., 2025 (2501.18823).
+
     Nothing is subtracted from or multiplied with x, so activations are in units of the residual stream: raising one by
     1 moves the reconstruction by 1 along its direction. The weights carry no gradient; the inputs may.
     """
@@ -33,6 +38,7 @@ class SAE(nn.Module):
     w_dec: nn.Parameter
     b_dec: nn.Parameter
     threshold: Tensor | None
+    w_skip: Tensor | None
 
     def __init__(
         self,
@@ -42,12 +48,17 @@ class SAE(nn.Module):
         b_dec: Tensor,
         rule: Rule,
         metadata: dict[str, Any] | None = None,
+        *,
+        transcodes: bool = False,
+        w_skip: Tensor | None = None,
     ) -> None:
         super().__init__()
         for name, weight in (("w_enc", w_enc), ("b_enc", b_enc), ("w_dec", w_dec), ("b_dec", b_dec)):
             self.register_parameter(name, nn.Parameter(weight.detach().contiguous(), requires_grad=False))
         # a buffer, so that the threshold follows the weights to another device
         self.register_buffer("threshold", rule.threshold if isinstance(rule, Threshold) else None)
+        self.register_buffer("w_skip", w_skip)
+        self.transcodes = transcodes
         self._rule = rule
         self.metadata = dict(metadata or {})
 
@@ -65,6 +76,11 @@ class SAE(nn.Module):
         return self.w_enc.shape[1]
 
     @property
+    def d_out(self) -> int:
+        """Width of what it predicts: d_in, unless it is a transcoder."""
+        return self.w_dec.shape[1]
+
+    @property
     def hook(self) -> HookPoint:
         """Where the SAE reads. FormatError if its file does not say."""
         if "hook" not in self.metadata:
@@ -80,7 +96,7 @@ class SAE(nn.Module):
         digest.update(repr(getattr(self.rule, "k", None)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # a width of 1 has odd strides
         return digest.hexdigest()
 
     def check_width(self, d: int) -> None:
@@ -88,6 +104,14 @@ class SAE(nn.Module):
         if d != self.d_in:
             raise ModelError(
                 f"the SAE reads width {self.d_in}, the activations have {d}: use the model it was made for"
+            )
+
+    def check_rebuilds(self) -> None:
+        """ModelError if it is a transcoder or has a skip connection: its latents do not add up to what it reads."""
+        if self.transcodes or self.w_skip is not None:
+            raise ModelError(
+                "this SAE is a transcoder: it predicts another place than the one it reads, so it can be encoded and "
+                "measured, not spliced in or edited: use an SAE of the residual stream"
             )
 
     def pre_acts(self, x: Tensor) -> Tensor:
@@ -101,8 +125,13 @@ class SAE(nn.Module):
         return sparsity.cat([self.rule.select(self.pre_acts(part)) for part in x.split(rows)])
 
     def decode(self, latents: SparseLatents) -> Tensor:
-        """The reconstruction [n, d_in]."""
+        """The reconstruction [n, d_out], without a skip connection's part."""
         return ops.sparse_decode(latents.acts, latents.idx, self.w_dec, latents.offsets) + self.b_dec
+
+    def predict(self, x: Tensor) -> Tensor:
+        """All that is made of x [n, d_in]: its reconstruction or, from a transcoder, another place's [n, d_out]."""
+        y = self.decode(self.encode(x))
+        return y if self.w_skip is None else y + x @ self.w_skip.T
 
     def latents_at(self, x: Tensor, idx: Tensor) -> Tensor:
         """Activations of the chosen latents, zeros included: [..., d_in] and [m] int64 -> [..., m].
@@ -123,5 +152,5 @@ class SAE(nn.Module):
         return acts[:, column].view(*x.shape[:-1], len(idx))
 
     def directions(self, idx: Tensor) -> Tensor:
-        """Decoder directions of the chosen latents: [m] -> [m, d_in]."""
+        """Decoder directions of the chosen latents: [m] -> [m, d_out]."""
         return self.w_dec[idx]

@@ -70,10 +70,12 @@ def quality(
     context_size, tokens   which sequences and tokens count, as in StreamConfig; BOS and padding never do
     lm_batch               sequences a forward pass
 
-    ModelError: no such hook point, or an SAE of another width. DataError: no token with a next one to predict.
+    ModelError: no such hook point, an SAE of another width, or a transcoder.
+    DataError: no token with a next one to predict.
     """
     lm.check(hook)
     sae.check_width(lm.d_model)
+    sae.check_rebuilds()
     batches = list(_batches(lm, read_texts(texts), context_size, lm_batch, tokens))
     if not any(batch.predicting.any() for batch in batches):
         raise DataError("no token of the texts has a next one to predict: give longer texts")

@@ -114,6 +114,7 @@ class LatentEditor:
     edits: tuple[LatentEdit, ...]
 
     def __post_init__(self) -> None:
+        self.sae.check_rebuilds()
         latents = [edit.latent for edit in self.edits]
         if unknown := [i for i in latents if not 0 <= i < self.sae.n_latents]:
             raise ConfigError(f"latent {unknown[0]} does not exist: this SAE has latents 0 to {self.sae.n_latents - 1}")

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_persona.errors import FormatError
-from sae_persona.sae.formats import CONFIG, WEIGHTS, hook_metadata, load_sae, save_sae
+from sae_persona.sae.formats import CONFIG, WEIGHTS, hook_metadata, is_sae, load_sae, sae_facts, save_sae
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
 from sae_persona.types import HookPoint
@@ -35,6 +35,16 @@ def test_what_is_saved_is_what_is_loaded(rule, tmp_path):
     x = tokens()
     torch.testing.assert_close(again.encode(x).dense(N_LATENTS), sae.encode(x).dense(N_LATENTS))
     torch.testing.assert_close(again.decode(again.encode(x)), sae.decode(sae.encode(x)))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_saving_and_loading_is_exact_to_the_bit(rule, tmp_path):
+    wide = torch.nn.functional.normalize(torch.randn(50, 3000), dim=1)  # whose norms are 1 within rounding only
+    threshold = Threshold(torch.rand(50)) if isinstance(rule, Threshold) else rule
+    sae = SAE(torch.randn(50, 3000), torch.randn(50), wide, torch.randn(3000), threshold)
+    assert (wide.norm(dim=1) != 1).any()
+    save_sae(sae, tmp_path / "sae")
+    assert load_sae(tmp_path / "sae").fingerprint == sae.fingerprint
 
 
 def test_saving_replaces_what_was_there_whole(tmp_path):
@@ -84,8 +94,8 @@ BREAK = {
     "no folder": (lambda f: (f / CONFIG).unlink(), "no SAE config at"),
     "not json": (lambda f: (f / CONFIG).write_text("{"), "is not a SAE config"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "is not an SAE config"),
-    "another architecture": (lambda f: edit_config(f, architecture="gated"), "reads jumprelu, standard, topk"),
-    "normalised": (lambda f: edit_config(f, normalize_activations="layer_norm"), "fold it into the weights"),
+    "another architecture": (lambda f: edit_config(f, architecture="temporal"), "this version reads standard, topk"),
+    "normalised": (lambda f: edit_config(f, normalize_activations="layer_norm"), "which no weights can hold"),
     "no k": (lambda f: edit_config(f, k=None), "needs k between 1 and 40"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "cannot read the SAE weights"),
     "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:200]), "cannot read the SAE weights"),
@@ -102,3 +112,26 @@ def test_a_folder_that_cannot_be_read_is_a_format_error_of_one_line(damage, mess
     with pytest.raises(FormatError, match=message) as caught:
         load_sae(tmp_path / "sae")
     assert "\n" not in str(caught.value)
+
+
+def test_facts_are_read_from_the_config_alone(tmp_path):
+    assert not is_sae(tmp_path)
+    told = {"model": "tiny", "hook": "layers.1.resid_post", "n_tokens": 7, "training": {"k": 3}}
+    save_sae(make(RULES["jumprelu"]), tmp_path / "sae", metadata=told)
+    (tmp_path / "sae" / WEIGHTS).unlink()
+    assert is_sae(tmp_path / "sae")
+    assert sae_facts(tmp_path / "sae") == {
+        "format": "SAELens",
+        "architecture": "jumprelu",
+        "d_in": D_IN,
+        "d_out": D_IN,
+        "n_latents": N_LATENTS,
+        "k": 3,
+        "hook": "layers.1.resid_post",
+        "model": "tiny",
+        "l0": 4.5,
+        "tokens": 7,
+        "dead": None,
+        "normalisation": "none",
+        "dtype": "float32",
+    }

@@ -111,3 +111,10 @@ def test_what_cannot_be_measured_is_refused(lm):
         quality(lm, HOOK, wide, TEXTS)
     with pytest.raises(DataError, match="no token of the texts has a next one"):
         quality(lm, HOOK, mirror(), ["a"])
+
+
+def test_a_transcoder_is_refused(lm):
+    sae = mirror()
+    sae.transcodes = True
+    with pytest.raises(ModelError, match="is a transcoder"):
+        quality(lm, HOOK, sae, TEXTS)

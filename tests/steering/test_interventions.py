@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sae_persona.errors import ConfigError
+from sae_persona.errors import ConfigError, ModelError
+from sae_persona.sae.model import SAE
 from sae_persona.steering.interventions import (
     Ablate,
     Add,
@@ -124,3 +125,9 @@ def test_numbers_that_are_not_finite_are_refused(amount):
             make()
     with pytest.raises(ConfigError, match="a latent that never fired has no percentile"):
         parse_edit("clamp:1=2", [1.0, float("nan")])
+
+
+def test_a_transcoder_has_no_latents_to_edit(sae):
+    other = SAE(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, sae.rule, transcodes=True)
+    with pytest.raises(ModelError, match="is a transcoder"):
+        LatentEditor(other, (Ablate(0),))
