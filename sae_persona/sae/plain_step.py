@@ -1,5 +1,6 @@
 """One training step in plain torch, on any device: the CPU's, and the reference of the kernels. Formulas: `step.py`."""
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -73,6 +74,11 @@ class PlainStep:
         if self.threshold is not None:
             self.threshold.clamp_(min=0)
         return seen
+
+    def set_k(self, k: int) -> None:
+        """From the next call on, keep ``k`` latents a token; with JumpReLU aim at them."""
+        assert 1 <= k <= len(self.weights.w_enc), f"k must be between 1 and {len(self.weights.w_enc)}, got {k}"
+        self.rule = replace(self.rule, k=k)
 
     @property
     def dead(self) -> Tensor:

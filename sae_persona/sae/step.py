@@ -56,6 +56,10 @@ class Step(Protocol):
 
     def __call__(self, x: Tensor, lr: float) -> Measured: ...
 
+    def set_k(self, k: int) -> None:
+        """From the next call on, keep ``k`` latents a token, or aim at them: for a k that is annealed."""
+        ...
+
     @property
     def weights(self) -> Weights: ...
 
