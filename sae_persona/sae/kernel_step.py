@@ -96,6 +96,7 @@ class KernelStep:
         config: KernelConfig,
         threshold: Tensor | None = None,
         prefixes: tuple[int, ...] = (),
+        multi_topk: bool = False,
         k_aux: int | None,
         auxk_coef: float,
         dead_after: int,
@@ -107,6 +108,8 @@ class KernelStep:
     ) -> None:
         if config.precision == "fp8" and not isinstance(rule, TopK):
             raise ConfigError(f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16")
+        if multi_topk:
+            raise ConfigError("multi_topk runs in plain torch, not through the kernels: pass kernels=None")
         self.n_latents, self.d_in = weights.w_enc.shape
         self.device = weights.w_enc.device if device is None else torch.device(device)
         self.rule, self.config, self.clip, self.scale = rule, config, clip, scale

@@ -204,6 +204,11 @@ def test_fp8_is_for_topk(rule):
         KernelStep(weights(), rule, config=KernelConfig(precision="fp8"), k_aux=None, auxk_coef=0.0, dead_after=1)
 
 
+def test_multi_topk_is_for_plain_torch():
+    with pytest.raises(ConfigError, match="multi_topk runs in plain torch"):
+        make(KernelStep, TopK(K), multi_topk=True)
+
+
 def test_more_entries_than_there_is_room_for_is_an_error():
     step = make(KernelStep, JUMP, config={"spare": 1.0})
     step.threshold.fill_(0.0)
