@@ -156,8 +156,11 @@ def test_the_real_tensorboard(tmp_path):
     tracker.close()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert events.Scalars("loss")[0][1:] == (10, 1.5)
-    assert json.dumps({"k": 4}, indent=1) in str(events.Tensors("config/text_summary")[0].tensor_proto)
+    (loss,) = events.Scalars("loss")
+    assert (loss.step, loss.value) == (10, 1.5)
+    assert (
+        json.dumps({"k": 4}, indent=1) in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    )
 
 
 @pytest.mark.slow
