@@ -106,7 +106,7 @@ def _decades(values: Tensor, highest: float | None = None) -> tuple[Decade, ...]
     """The decades from the least to the greatest of the values, all above 0; ``highest`` counts to the one below it."""
     if not len(values):
         return ()
-    ends = torch.tensor([float(f"1e{e}") for e in range(-12, 19)], dtype=torch.float64)  # 10.0**e may be a bit off
+    ends = torch.tensor([10.0**e for e in range(-12, 19)], dtype=torch.float64)
     if highest is not None:
         values = values.clamp(max=torch.nextafter(torch.tensor(highest), torch.tensor(0.0)).item())
     found = torch.bucketize(values.cpu(), ends, right=True)
@@ -133,10 +133,10 @@ def firing_chart(report: FiringReport) -> Markup:
     wide = (382 - 46) / len(rows)
     for i, (name, n) in enumerate(rows):
         left, top, kind = 46 + i * wide + 2, y.at(n), "dense" if name == "never fired" else "latent"
-        title = f"{name}: {number(n)} latents, {percent(n / report.n_latents)}"
+        title = f"{name}: {number(n, 9)} latents, {percent(n / report.n_latents)}"
         form = '<rect class="mark {}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>'
         draw.add(form, kind, left, top, wide - 4, 190 - top, title)
-        draw.text(left + wide / 2 - 2, top - 5, number(n), f"label {kind}")
+        draw.text(left + wide / 2 - 2, top - 5, number(n, 9), f"label {kind}")
         for line, words in enumerate(_halves(name)):
             draw.text(left + wide / 2 - 2, 206 + 14 * line, words)
     draw.text((46 + 382) / 2, 244, report.measure, "name")
