@@ -84,6 +84,7 @@ def test_ticks_of_a_narrow_range_differ():
     found = [replace(p, ce_recovered=1 - p.fvu / 40) for p in points((8, 0.4), (16, 0.3), (64, 0.1))]
     ticks = re.findall(r">([\d.]+)\N{NO-BREAK SPACE}%</text>", chart(found, "ce_recovered"))
     assert len(ticks) >= 3 and len(set(ticks)) == len(ticks)
+    assert all(98 <= float(tick) <= 100 for tick in ticks), "in per cent"
 
 
 def test_the_page_needs_no_network_and_escapes_names(tmp_path):
