@@ -89,9 +89,9 @@ class Drawing:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self.add('<polyline class="{}" points="{}"/>', kind, path)
 
-    def curve(self, points: Sequence[tuple[float, float]]) -> None:
-        """A latent's line, which labels keep off."""
-        self.line(points, "curve latent")
+    def curve(self, points: Sequence[tuple[float, float]], kind: str = "latent") -> None:
+        """A line of what is measured, by default a latent's, which labels keep off."""
+        self.line(points, f"curve {kind}")
         for (x0, y0), (x1, y1) in pairwise(points):
             n = max(1, round(math.hypot(x1 - x0, y1 - y0) / 8))
             for i in range(n + 1):

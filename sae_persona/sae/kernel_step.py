@@ -12,7 +12,7 @@ counted in FLAGGED.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sae_kernels.bias_update import bias_update, column_sums
@@ -47,11 +47,13 @@ MOST_GRAPHS = 4  # kept: one for each size of batch and of the room for dead lat
 class KernelSeen:
     """What a step saw, on the device until it is asked for. The next step overwrites it.
 
+    rule       as it was, with the k of the step
     z [n, d]   whole [blocks, n]: parts of the squared errors of the whole dictionary   entries: what fired
     left       None or [n, d]: what AuxK left of the error
     """
 
     step: "KernelStep"
+    rule: TrainingRule
     z: Tensor
     whole: Tensor
     entries: Entries
@@ -67,8 +69,8 @@ class KernelSeen:
             l0 = int(self.entries.active.sum()) / n
             if int(self.entries.offsets[-1]) == len(self.entries.acts):
                 raise RunError(f"{l0:.0f} latents fire on a token, more than there is room for: raise spare, or k")
-            assert isinstance(step.rule, JumpReLU), "the others count no active latents"
-            shares["sparsity"] = float(step.rule.loss(torch.tensor(l0)))
+            assert isinstance(self.rule, JumpReLU), "the others count no active latents"
+            shares["sparsity"] = float(self.rule.loss(torch.tensor(l0)))
         found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / _variance(self.z)}
         found["l0"] = fires / n
         if step.recall is not None:
@@ -95,6 +97,7 @@ class KernelStep:
         config: KernelConfig,
         threshold: Tensor | None = None,
         prefixes: tuple[int, ...] = (),
+        multi_topk: bool = False,
         k_aux: int | None,
         auxk_coef: float,
         dead_after: int,
@@ -106,9 +109,12 @@ class KernelStep:
     ) -> None:
         if config.precision == "fp8" and not isinstance(rule, TopK):
             raise ConfigError(f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16")
+        if multi_topk:
+            raise ConfigError("multi_topk runs in plain torch, not through the kernels: pass kernels=None")
         self.n_latents, self.d_in = weights.w_enc.shape
         self.device = weights.w_enc.device if device is None else torch.device(device)
         self.rule, self.config, self.clip, self.scale = rule, config, clip, scale
+        self.most_k = rule.k
         self.k_aux = self.d_in // 2 if k_aux is None else k_aux
         self.auxk_coef, self.dead_after = auxk_coef, dead_after
         self.state = KernelState.make(weights, threshold, config, self.device, rms)
@@ -135,6 +141,16 @@ class KernelStep:
         with self.streams.step(overlap=self.config.overlap and not self._small(len(x))):
             z = self._prepared(x)
             return self._replayed(z, lr) if self._replays(len(x)) else self._eager(z, lr)
+
+    def set_k(self, k: int) -> None:
+        """As `PlainStep.set_k`. A graph holds the k that it was captured with, so the graphs of another k end here."""
+        assert 1 <= k <= self.n_latents, f"k must be between 1 and {self.n_latents}, got {k}"
+        if k == self.rule.k:
+            return
+        self.rule = replace(self.rule, k=k)
+        self.most_k = max(self.most_k, k)
+        self._graphs.clear()
+        self._warm.clear()  # kernels are compiled for a range of k, which cannot be done while a graph is captured
 
     @property
     def weights(self) -> Weights:
@@ -249,7 +265,7 @@ class KernelStep:
             error = pull[-1] if planes == 1 else pull[-1] * planes
             aux_enc, aux_dec, left = AuxKept(dead, kept).gradients(error, z, state.decoder)
         self._update(z, pull, lists, aux_enc, aux_dec)
-        return KernelSeen(self, z, whole, entries, left)
+        return KernelSeen(self, self.rule, z, whole, entries, left)
 
     def _update(
         self, z: Tensor, pull: Tensor, lists: PackedLists, aux_enc: AuxGrads | None, aux_dec: AuxGrads | None
@@ -325,7 +341,8 @@ class KernelStep:
             if isinstance(rule, BatchTopK):
                 entries = batch_topk(here, peaks, self.n_latents, rule.k)
             elif isinstance(rule, JumpReLU):
-                entries = entries or new_entries(n, int(self.config.spare * rule.k * n), self.n_latents, z.device)
+                # by the largest k so far: while it falls, L0 lags behind
+                entries = entries or new_entries(n, int(self.config.spare * self.most_k * n), self.n_latents, z.device)
                 assert self.threshold is not None, "JumpReLU has thresholds"
                 jump(here, peaks, self.threshold, rule.bandwidth, entries, first=at)
             else:

@@ -1,15 +1,18 @@
 """One training step in plain torch, on any device: the CPU's, and the reference of the kernels. Formulas: `step.py`."""
 
-from itertools import accumulate, pairwise
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from sae_kernels import ops
 from torch import Tensor
 
+from sae_persona.errors import ConfigError
 from sae_persona.sae.loss import auxk_loss
-from sae_persona.sae.sparsity import Jumped, JumpReLU, TrainingRule
+from sae_persona.sae.nested import Groups, by_prefix, wider
+from sae_persona.sae.sparsity import Jumped, JumpReLU, TopK, TrainingRule
 from sae_persona.sae.step import Seen, Weights, threshold_lr
-from sae_persona.types import SparseLatents, State
+from sae_persona.types import State
 
 
 class PlainStep:
@@ -20,6 +23,7 @@ class PlainStep:
     weights     changed in place; the rows of w_dec have unit norm before and after each call
     threshold   [n_latents], JumpReLU's, changed in place and never below 0; None for the other rules
     prefixes    rising sizes of nested dictionaries, the last n_latents; empty: only the whole
+    multi_topk  train the 4 k largest latents of a token to rebuild it, too. ConfigError but with TopK and no prefixes
     k_aux       dead latents a token in the AuxK loss, which weighs less while fewer are dead. None: d_in // 2
     dead_after  tokens without firing after which a latent is dead
     clip        norm that all gradients together are cut to; None: not cut
@@ -34,6 +38,7 @@ class PlainStep:
         *,
         threshold: Tensor | None = None,
         prefixes: tuple[int, ...] = (),
+        multi_topk: bool = False,
         k_aux: int | None,
         auxk_coef: float,
         dead_after: int,
@@ -45,7 +50,11 @@ class PlainStep:
         assert isinstance(rule, JumpReLU) == (threshold is not None), "thresholds are trained by JumpReLU alone"
         assert not prefixes or prefixes[-1] == n_latents, f"the last of {prefixes} must be all {n_latents} latents"
         self.weights, self.rule, self.threshold = weights, rule, threshold
-        self.groups = list(pairwise((0, *(prefixes or (n_latents,)))))
+        if multi_topk and (prefixes or not isinstance(rule, TopK)):
+            got = "prefixes" if prefixes else type(rule).__name__
+            raise ConfigError(f"multi_topk is for rule topk without prefixes, got {got}: leave one of them out")
+        self.multi_topk = multi_topk
+        self.prefixes = torch.tensor(prefixes, device=weights.w_enc.device) if len(prefixes) > 1 else None
         self.k_aux = d_in // 2 if k_aux is None else k_aux
         self.auxk_coef, self.dead_after, self.clip = auxk_coef, dead_after, clip
         self.mean, self.scale = mean, scale
@@ -74,6 +83,11 @@ class PlainStep:
             self.threshold.clamp_(min=0)
         return seen
 
+    def set_k(self, k: int) -> None:
+        """From the next call on, keep ``k`` latents a token; with JumpReLU aim at them."""
+        assert 1 <= k <= len(self.weights.w_enc), f"k must be between 1 and {len(self.weights.w_enc)}, got {k}"
+        self.rule = replace(self.rule, k=k)
+
     @property
     def dead(self) -> Tensor:
         """Which latents are dead: [n_latents] bool."""
@@ -83,13 +97,13 @@ class PlainStep:
         """Set ``.grad`` of all that is trained for x [n, d_in], and count who fired. Nothing is clipped or moved."""
         x = self._normalised(x)
         w_enc, b_enc, w_dec, b_dec = self.weights
-        chosen = self._select(torch.addmm(b_enc, x, w_enc.T, out=self._buffer(x)))
+        chosen, groups = self._select(torch.addmm(b_enc, x, w_enc.T, out=self._buffer(x)))
         latents = chosen.latents
         acts = latents.acts.requires_grad_()
-        parts = [ops.sparse_decode(p.acts, p.idx, w_dec, p.offsets) for p in self._parts(latents)]
+        parts = [ops.sparse_decode(p.acts, p.idx, w_dec, p.offsets) for p in groups.split(latents)]
         rebuilt = accumulate(part.detach() for part in parts)
         d_errors = [torch.sub(r, x).add_(b_dec).mul_(2 / len(x)) for r in rebuilt]
-        pulls = _pulls(d_errors)
+        pulls = groups.pulls(d_errors)
         (d_acts,) = torch.autograd.grad(parts, acts, pulls)
         acts = acts.detach()
 
@@ -98,15 +112,16 @@ class PlainStep:
         d_pre = d_acts * (acts > 0)
         w_enc.grad = ops.weight_grad(lists, d_pre, x)
         b_enc.grad = lists.sums(d_pre)
-        w_dec.grad = self._decoder_gradient(lists, acts, pulls)
+        w_dec.grad = groups.decoder_gradient(lists, acts, pulls)
         b_dec.grad = pulls[0].sum(dim=0)
         # the part of a decoder row's gradient along the row, sum of act * d_act, costs no dense product
         w_dec.grad.addcmul_(lists.sums(acts * d_pre)[:, None], w_dec, value=-1)
 
-        auxk = self._auxk_gradients(x, d_errors[-1])
+        auxk = self._auxk_gradients(x, d_errors[groups.main])
+        own = groups.own(acts)
         self.silent += len(x)
-        self.silent[lists.sums(acts) > 0] = 0
-        return Seen(x, d_errors[-1], acts, auxk, sparsity, _nested(d_errors))
+        self.silent[lists.sums(own) > 0] = 0
+        return Seen(x, d_errors[groups.main], own, auxk, sparsity, groups.loss(d_errors))
 
     def snapshot(self) -> State:
         tensors = {f"trained.{i}": w for i, w in enumerate(self.trained)}
@@ -127,37 +142,18 @@ class PlainStep:
         centred = x if self.mean is None else x - self.mean
         return centred if self.scale == 1 else centred * self.scale
 
-    def _select(self, pre_acts: Tensor) -> Jumped:
+    def _select(self, pre_acts: Tensor) -> tuple[Jumped, Groups]:
+        """What fires or is near, and which reconstructions it is part of."""
+        if self.multi_topk:
+            assert isinstance(self.rule, TopK), "multi-TopK has TopK"
+            latents, groups = wider(self.rule, pre_acts)
+            return Jumped(latents), groups
         if isinstance(self.rule, JumpReLU):
             assert self.threshold is not None, "JumpReLU has thresholds"
-            return self.rule.select(pre_acts, self.threshold)
-        return Jumped(self.rule.select(pre_acts))
-
-    def _parts(self, latents: SparseLatents) -> list[SparseLatents]:
-        """The entries of each group: of the latents that a prefix has and the one before it has not."""
-        if len(self.groups) == 1:
-            return [latents]
-        idx, acts = latents.idx.flatten(), latents.acts.flatten()
-        offsets = latents.offsets
-        if offsets is None:
-            offsets = torch.arange(latents.n + 1, device=idx.device) * latents.idx.shape[1]
-        parts = []
-        for low, high in self.groups:
-            inside = (low <= idx) & (idx < high)
-            before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))  # entries of the group before each entry
-            parts.append(SparseLatents(acts[inside], idx[inside], before[offsets]))
-        return parts
-
-    def _decoder_gradient(self, lists: ops.LatentLists, acts: Tensor, pulls: list[Tensor]) -> Tensor:
-        if len(pulls) == 1:
-            return ops.weight_grad(lists, acts, pulls[0])
-        rows = []
-        for (low, high), pull in zip(self.groups, pulls, strict=True):
-            bounds = lists.offsets[low : high + 1]
-            entries = slice(int(bounds[0]), int(bounds[-1]))
-            group = ops.LatentLists(lists.entry[entries], lists.token[entries], bounds - bounds[0])
-            rows.append(ops.weight_grad(group, acts, pull))
-        return torch.cat(rows)
+            chosen = self.rule.select(pre_acts, self.threshold)
+        else:
+            chosen = Jumped(self.rule.select(pre_acts))
+        return chosen, Groups() if self.prefixes is None else by_prefix(chosen.latents.idx, self.prefixes)
 
     def _threshold_gradients(self, chosen: Jumped, d_acts: Tensor, lists: ops.LatentLists, n: int) -> Tensor | None:
         """Set the gradient of JumpReLU's thresholds; the weighted sparsity loss. None for the other rules."""
@@ -189,17 +185,3 @@ class PlainStep:
         if len(self._pre_acts) < len(x):
             self._pre_acts = x.new_empty(len(x), len(self.weights.w_enc))
         return self._pre_acts[: len(x)]
-
-
-def _pulls(d_errors: list[Tensor]) -> list[Tensor]:
-    """What each group's entries are pulled by: d_error of the prefixes that hold the group, over the number of all."""
-    if len(d_errors) == 1:
-        return d_errors
-    return [pull / len(d_errors) for pull in accumulate(reversed(d_errors))][::-1]
-
-
-def _nested(d_errors: list[Tensor]) -> Tensor | None:
-    """Squared error a token, mean over the prefixes; None if there is only the whole."""
-    if len(d_errors) == 1:
-        return None
-    return torch.stack([d.square().sum() for d in d_errors]).mean() * (len(d_errors[0]) / 4)

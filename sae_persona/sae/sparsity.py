@@ -139,6 +139,17 @@ Rule = TopK | Threshold | ReLU
 TrainingRule = TopK | BatchTopK | JumpReLU
 
 
+def k_at(step: int, total: int | None, k: int, start: int, share: float) -> int:
+    """The k of a step, counted from 0, of ``total``: on a line from ``start`` to ``k``, over the first ``share``.
+
+    Rounded to a whole number. ``k`` throughout while ``total`` is not known, or with a share of 0. The schedule is
+    dictionary_learning's (``k_anneal_steps``), which starts at d_in and rounds down.
+    """
+    if total is None or share == 0:
+        return k
+    return round(start + (k - start) * min(1.0, step / (share * total)))
+
+
 def _where(pre_acts: Tensor, kept: Tensor) -> SparseLatents:
     """The kept entries of [n, n_latents], as CSR."""
     flat = kept.flatten().nonzero().flatten()

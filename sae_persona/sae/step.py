@@ -13,6 +13,8 @@ d_w_dec[l] = sum of act * pull[l][token]         over the entries (token, latent
 d_w_enc[l] = sum of d_pre * x[token]             over the same
 d_b_dec = sum over tokens of pull[0]
 
+Multi-TopK has two reconstructions in place of prefixes, of the k and of the 4 k largest of a token: `nested.py`.
+
 JumpReLU (2407.14435) trains its thresholds too, by straight-through estimates; `JumpReLU` in `sparsity.py` has the
 formulas. Afterwards decoder gradients lose their part along the rows, which keep norm 1; all gradients together are
 clipped to a norm, where one is given; Adam takes the step.
@@ -58,6 +60,10 @@ class Step(Protocol):
 
     def __call__(self, x: Tensor, lr: float) -> Measured: ...
 
+    def set_k(self, k: int) -> None:
+        """From the next call on, keep ``k`` latents a token, or aim at them: for a k that is annealed."""
+        ...
+
     @property
     def weights(self) -> Weights: ...
 
@@ -90,11 +96,11 @@ class Seen:
     """What a step saw. Measures are computed when they are asked for, since few steps are looked at.
 
     x         [n, d_in]          centred and scaled
-    d_error   [n, d_in]          (reconstruction - x) * 2 / n, of the whole dictionary
+    d_error   [n, d_in]          (reconstruction - x) * 2 / n, of the whole dictionary; with multi-TopK of the k largest
     acts      as SparseLatents   0 where a latent does not fire
     auxk      []                 the weighted AuxK loss
     sparsity  []                 the weighted sparsity loss; None for a rule that has none
-    nested    []                 squared error a token, mean over the prefixes; None: the whole is the only one
+    nested    []                 squared error a token, as the prefixes or multi-TopK weigh it; None: of one alone
     """
 
     x: Tensor

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,47 @@ def test_two_steps_are_those_of_plain_torch(case, poison):
     assert torch.equal(step.silent, plain.silent) and torch.equal(step.dead, plain.dead)
     assert step.flagged == plain.flagged == 0
     assert (step.state.encoder.high[:, D_IN:] == 0).all() and (step.state.b_dec[D_IN:] == 0).all()
+
+
+@pytest.mark.parametrize("n_dead", [0, 15])
+@pytest.mark.parametrize("rule", [TopK(6), BatchTopK(6), replace(JUMP, k=6)], ids=["topk", "batch", "jump"])
+def test_steps_under_a_changing_k_are_those_of_plain_torch(rule, n_dead, poison):
+    plain, step = (make(cls, rule, n_dead=n_dead) for cls in (PlainStep, KernelStep))
+    for x, k in zip(batches(4), (6, 4, 4, 7), strict=True):
+        for one in (plain, step):
+            one.set_k(k)
+        wanted, got = plain(x, 1e-2).measures(), step(x, 1e-2).measures()
+        assert got == pytest.approx(wanted, rel=1e-5), k
+        assert isinstance(rule, JumpReLU) or got["l0"] <= k
+    for name, got, wanted in zip(Weights._fields, step.weights, plain.weights, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm(), name
+    assert torch.equal(step.silent, plain.silent)
+
+
+def test_another_k_ends_the_graphs_and_compiles_before_it_captures_again():
+    step = make(KernelStep, TopK(K))
+    step._graphs[N, 0] = None, None, None
+    step._warm[N, 0] = 3
+    step.set_k(K)
+    assert step._graphs and step._warm, "the same k: they still hold"
+    step.set_k(K + 1)
+    assert not step._graphs and not step._warm and step.rule == TopK(K + 1)
+
+
+def test_a_k_that_fell_leaves_the_room_that_was_there():
+    """L0 follows its target slowly: what fired a moment ago has to fit still."""
+    step = make(KernelStep, replace(JUMP, k=N_LATENTS // 2), config={"spare": 2.0})
+    step.threshold.fill_(0.0)
+    step.set_k(1)
+    assert step(batches()[0], 0.0).measures()["l0"] > 2
+
+
+def test_the_sparsity_loss_is_measured_by_the_k_of_the_step():
+    step = make(KernelStep, JUMP, config={"spare": 8.0})
+    seen = step(batches()[0], 1e-2)
+    before = seen.measures()
+    step.set_k(K + 5)
+    assert seen.measures() == before
 
 
 def kept(step) -> dict[str, Tensor]:
@@ -182,6 +224,11 @@ def test_outliers_are_told_by_their_size(n_outliers, side):
 def test_fp8_is_for_topk(rule):
     with pytest.raises(ConfigError, match=f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16"):
         KernelStep(weights(), rule, config=KernelConfig(precision="fp8"), k_aux=None, auxk_coef=0.0, dead_after=1)
+
+
+def test_multi_topk_is_for_plain_torch():
+    with pytest.raises(ConfigError, match="multi_topk runs in plain torch"):
+        make(KernelStep, TopK(K), multi_topk=True)
 
 
 def test_more_entries_than_there_is_room_for_is_an_error():
@@ -330,6 +377,20 @@ def test_a_graph_is_the_step_bit_for_bit(config, n_dead):
         got, wanted = graph(x, 3e-4).measures(), eager(x, 3e-4).measures()
         assert got == wanted
     assert len(graph._graphs) == 1 and not eager._graphs
+    assert same(graph, eager)
+
+
+@gpu
+@pytest.mark.parametrize("rule", [TopK(64), BatchTopK(64), JumpReLU(64, 0.5, 512.0)], ids=["topk", "batch", "jump"])
+def test_a_graph_under_a_changing_k_is_the_step_bit_for_bit(rule):
+    graph, eager = (on_gpu(rule, graph=on, overlap=False, spare=16.0) for on in (True, False))
+    xs = planted(6)
+    for k in (64, 33, 32, 1):
+        for x in xs:
+            graph.set_k(k)
+            eager.set_k(k)
+            assert graph(x, 3e-4).measures() == eager(x, 3e-4).measures(), k
+        assert len(graph._graphs) == 1
     assert same(graph, eager)
 
 

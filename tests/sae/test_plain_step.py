@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_persona.errors import ConfigError
+from sae_persona.sae.loss import fvu
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK
 from sae_persona.sae.step import Weights
@@ -72,7 +74,9 @@ class Fires(torch.autograd.Function):
         return None, (-1 / ctx.bandwidth * window * grad).sum(dim=0), None
 
 
-def formula(w: Weights, x: Tensor, rule, threshold: Tensor | None, prefixes, n_dead: int, k_aux: int) -> Tensor:
+def formula(
+    w: Weights, x: Tensor, rule, threshold: Tensor | None, prefixes, n_dead: int, k_aux: int, multi_topk=False
+) -> Tensor:
     """The whole loss, dense and by the book."""
     pre = x @ w.w_enc.T + w.b_enc
     loss = x.new_zeros(())
@@ -84,6 +88,9 @@ def formula(w: Weights, x: Tensor, rule, threshold: Tensor | None, prefixes, n_d
         acts = pre * (rule.select(pre.detach()).dense(N_LATENTS) > 0)
     errors = [x - (acts[:, :m] @ w.w_dec[:m] + w.b_dec) for m in prefixes or (N_LATENTS,)]
     loss = loss + torch.stack([e.square().sum(dim=1).mean() for e in errors]).mean()
+    if multi_topk:
+        kept = TopK(4 * rule.k).select(pre.detach()).dense(N_LATENTS) > 0
+        loss = loss + (x - (pre * kept) @ w.w_dec - w.b_dec).square().sum(dim=1).mean() / 8
     if n_dead == 0:
         return loss
     top = pre[:, :n_dead].topk(min(k_aux, n_dead), dim=1)
@@ -96,11 +103,22 @@ def formula(w: Weights, x: Tensor, rule, threshold: Tensor | None, prefixes, n_d
 @pytest.mark.parametrize("prefixes", PREFIXES, ids=str)
 @pytest.mark.parametrize(("n_dead", "k_aux"), [(0, 5), (3, 5), (20, 5), (20, 30)])
 def test_gradients_are_those_of_the_dense_formula(rule, prefixes, n_dead, k_aux):
-    x, step = batch(), make(rule, n_dead=n_dead, k_aux=k_aux, prefixes=prefixes)
+    check_gradients(rule, n_dead=n_dead, k_aux=k_aux, prefixes=prefixes)
+
+
+# with 30 of 60 latents, 4 k are more than all, and some of both are below 0
+@pytest.mark.parametrize("k", [1, K, 14, 30])
+@pytest.mark.parametrize(("n_dead", "k_aux"), [(0, 5), (3, 5), (20, 30)])
+def test_gradients_of_multi_topk_are_those_of_the_dense_formula(k, n_dead, k_aux):
+    check_gradients(TopK(k), n_dead=n_dead, k_aux=k_aux, multi_topk=True)
+
+
+def check_gradients(rule, *, n_dead, k_aux, prefixes=(), multi_topk=False):
+    x, step = batch(), make(rule, n_dead=n_dead, k_aux=k_aux, prefixes=prefixes, multi_topk=multi_topk)
     measures = step.gradients(x).measures()
     wanted = [w.clone().requires_grad_() for w in step.trained]
     w = Weights(*wanted[:4])
-    loss = formula(w, x, rule, (wanted[4:] or [None])[0], prefixes, n_dead, k_aux)
+    loss = formula(w, x, rule, (wanted[4:] or [None])[0], prefixes, n_dead, k_aux, multi_topk)
     loss.backward()
     assert measures["loss"] == pytest.approx(loss.item())
     # gradients of the decoder lose their part along the rows
@@ -108,6 +126,61 @@ def test_gradients_are_those_of_the_dense_formula(rule, prefixes, n_dead, k_aux)
     for name, got, want in zip([*Weights._fields, "threshold"], step.trained, wanted, strict=False):
         assert want.grad.abs().max() > 0
         torch.testing.assert_close(got.grad, want.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_multi_topk_measures_and_counts_the_k_that_the_sae_keeps():
+    x, plain, multi = batch(), make(TopK(K)), make(TopK(K), multi_topk=True)
+    wanted, got = plain.gradients(x).measures(), multi.gradients(x).measures()
+    assert got["l0"] == wanted["l0"] and got["fvu"] == pytest.approx(wanted["fvu"]) and got["loss"] > wanted["loss"]
+    assert torch.equal(multi.silent, plain.silent) and (plain.silent > 0).any()
+
+
+def test_multi_topk_keeps_of_equal_latents_the_lowest_index():
+    """As TopK does: twins have one pre-activation, and only the first of them may count as firing."""
+    step = make(TopK(1), multi_topk=True)
+    for w in step.weights[:3]:
+        w[40:] = w[20:40]
+    step.gradients(batch())
+    assert (step.silent[40:] > 0).all() and (step.silent[20:40] == 0).any()
+
+
+def test_multi_topk_rebuilds_as_well_with_more_latents(planted):
+    """With 4 k, a TopK SAE is three times as far off as with k, since the further ones were never asked (5.3)."""
+    fvus = []
+    for multi_topk in (False, True):
+        step = trained_on(planted, multi_topk)
+        x = step._normalised(torch.cat(planted.held_out))
+        pre = x @ step.weights.w_enc.T + step.weights.b_enc
+        found = [TopK(k).select(pre).dense(128) @ step.weights.w_dec + step.weights.b_dec for k in (K, 4 * K)]
+        fvus.append([fvu(x, rebuilt).item() for rebuilt in found])
+    (plain, plain_wide), (multi, multi_wide) = fvus
+    assert multi < 1.1 * plain and multi_wide < 1.3 * multi and plain_wide > 2 * plain
+
+
+def trained_on(planted, multi_topk) -> PlainStep:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(128, 32, generator=g), dim=1)
+    x = torch.cat(planted.batches)
+    step = PlainStep(
+        Weights(rows.clone(), torch.zeros(128), rows, torch.zeros(32)), TopK(K), multi_topk=multi_topk, k_aux=None,
+        auxk_coef=1 / 32, dead_after=20_000, mean=x.mean(dim=0), scale=(32 / (x.var(dim=0).sum())).sqrt().item(),
+    )  # fmt: skip
+    for i in range(300):
+        step(planted.batches[i % 50], 4e-3)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "got"),
+    [
+        (BatchTopK(K), {}, "BatchTopK"),
+        (RULES["jumprelu"], {}, "JumpReLU"),
+        (TopK(K), {"prefixes": (7, 60)}, "prefixes"),
+    ],
+)
+def test_multi_topk_is_for_topk_alone(rule, settings, got):
+    with pytest.raises(ConfigError, match=f"multi_topk is for rule topk without prefixes, got {got}"):
+        make(rule, multi_topk=True, **settings)
 
 
 @every_rule

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_persona.sae.sparsity import BatchTopK, JumpReLU, ReLU, Threshold, TopK, calibrate, cat
+from sae_persona.sae.sparsity import BatchTopK, JumpReLU, ReLU, Threshold, TopK, calibrate, cat, k_at
 
 
 def pre_acts(n=9, n_latents=640):
@@ -72,3 +72,15 @@ def test_calibrate_keeps_exactly_k_a_token():
 
 def test_calibrate_never_goes_below_zero():
     assert calibrate(lambda x: x, [-torch.ones(2, 8)], 3) == 0.0
+
+
+def test_k_falls_in_a_line_and_stays():
+    ks = [k_at(step, 20, 4, 12, 0.5) for step in range(20)]
+    assert ks[:10] == [12, 11, 10, 10, 9, 8, 7, 6, 6, 5] and ks[10:] == [4] * 10
+    assert [k_at(step, 3, 4, 2, 1.0) for step in range(4)] == [2, 3, 3, 4], "upwards too"
+
+
+def test_k_is_the_last_one_where_nothing_is_annealed():
+    assert {k_at(step, None, 4, 12, 0.5) for step in range(20)} == {4}, "the number of steps is not known"
+    assert {k_at(step, 20, 4, 12, 0.0) for step in range(20)} == {4}
+    assert {k_at(step, 20, 4, 4, 0.5) for step in range(20)} == {4}
