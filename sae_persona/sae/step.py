@@ -16,6 +16,9 @@ d_b_dec = sum over tokens of pull[0]
 JumpReLU (2407.14435) trains its thresholds too, by straight-through estimates; `JumpReLU` in `sparsity.py` has the
 formulas. Afterwards decoder gradients lose their part along the rows, which keep norm 1; all gradients together are
 clipped to a norm, where one is given; Adam takes the step.
+
+Where the dictionary is shared by ranks (`shard.py`) the sums over latents are taken over all of them, each on its own
+before the ranks' are added up, and so are the norm of all gradients, the count of what fires and that of the dead.
 """
 
 import math
@@ -77,11 +80,11 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step saw. Measures are computed when they are asked for, since few steps are looked at.
+    """What a step saw, on all ranks. Measures are computed when they are asked for, since few steps are looked at.
 
     x         [n, d_in]          centred and scaled
     d_error   [n, d_in]          (reconstruction - x) * 2 / n, of the whole dictionary
-    acts      as SparseLatents   0 where a latent does not fire
+    fires     []                 latents that fire, over all tokens
     auxk      []                 the weighted AuxK loss
     sparsity  []                 the weighted sparsity loss; None for a rule that has none
     nested    []                 squared error a token, mean over the prefixes; None: the whole is the only one
@@ -89,7 +92,7 @@ class Seen:
 
     x: Tensor
     d_error: Tensor
-    acts: Tensor
+    fires: Tensor
     auxk: Tensor
     sparsity: Tensor | None = None
     nested: Tensor | None = None
@@ -102,9 +105,8 @@ class Seen:
         n = len(self.x)
         squares = self.d_error.square().sum().item() * n * n / 4
         variance = (self.x - self.x.mean(dim=0)).square().sum().item()
-        fires = (self.acts > 0).sum().item()
         shares = {"auxk": self.auxk.item()}
         if self.sparsity is not None:
             shares["sparsity"] = self.sparsity.item()
         main = squares / n if self.nested is None else self.nested.item()
-        return {"loss": main + sum(shares.values()), **shares, "fvu": squares / variance, "l0": fires / n}
+        return {"loss": main + sum(shares.values()), **shares, "fvu": squares / variance, "l0": self.fires.item() / n}
