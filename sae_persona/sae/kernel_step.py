@@ -7,17 +7,21 @@
     idx -> lists         packed_lists   entries by latent
     lists -> weights     row_update     gradient, Adam and norm of each row; biases and counters with it
 
+Where ranks share the latents, they exchange their choice after select, and what they rebuilt within decode_error, in
+fp32: the error is what is left of x by it, and bf16 would round it at every rank by as much as x itself was. Both are
+small beside the product: n * k and n * d numbers. The sums are the same to the bit on all ranks, so b_dec stays so.
+
 The host waits for the device nowhere in it. A batch whose loss is not finite leaves every weight as it was and is
 counted in FLAGGED.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sae_kernels.bias_update import bias_update, column_sums
 from sae_kernels.compact import batch_topk, jump, new_entries
-from sae_kernels.decode_error import columns_for, decode_error
+from sae_kernels.decode_error import columns_for, decode_error, group_sums
 from sae_kernels.encode import chunk_for, encode
 from sae_kernels.packed_lists import latent_order, packed_lists
 from sae_kernels.prepare import FP8, prepare
@@ -26,6 +30,7 @@ from sae_kernels.row_update import Shape, block_sums, row_update, shape_for
 from sae_kernels.scalars import begin, clip_factor, conclude, new_scalars
 from sae_kernels.select import select
 from sae_kernels.values import BETAS, FLAGGED, LOSS, AuxGrads, Entries, PackedLists, Rows
+from sae_kernels.winners import winners
 from torch import Tensor
 
 from sae_persona.errors import ConfigError, RunError
@@ -33,6 +38,7 @@ from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, dea
 from sae_persona.sae.kernel_plan import GRAPH_BELOW, KernelConfig, padded
 from sae_persona.sae.kernel_state import KernelState
 from sae_persona.sae.kernel_streams import Streams
+from sae_persona.sae.shard import ALONE, Shard
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule
 from sae_persona.sae.step import Weights, threshold_lr
 
@@ -48,6 +54,7 @@ class KernelSeen:
 
     z [n, d]   whole [blocks, n]: parts of the squared errors of the whole dictionary   entries: what fired
     left       None or [n, d]: what AuxK left of the error
+    full       None or [1]: ranks that had no room for all that fires on theirs
     """
 
     step: "KernelStep"
@@ -55,24 +62,38 @@ class KernelSeen:
     whole: Tensor
     entries: Entries
     left: Tensor | None
+    full: Tensor | None = None
 
     def measures(self) -> dict[str, float]:
         """As `Seen.measures`; with fp8 also its recall. RunError if more latents fired than there was room for."""
         step, n = self.step, len(self.z)
         loss = float(step.scalars[LOSS])
         shares = {"auxk": 0.0 if self.left is None else step.auxk_share(self.left)}
-        fires = int((self.entries.acts > 0).sum())
-        if self.entries.active is not None:
+        fires = int(self._fires().sum())
+        if isinstance(step.rule, JumpReLU):
+            assert self.entries.active is not None, "JumpReLU counts active latents"
             l0 = int(self.entries.active.sum()) / n
-            if int(self.entries.offsets[-1]) == len(self.entries.acts):
+            if self._is_full():
                 raise RunError(f"{l0:.0f} latents fire on a token, more than there is room for: raise spare, or k")
-            assert isinstance(step.rule, JumpReLU), "the others count no active latents"
             shares["sparsity"] = float(step.rule.loss(torch.tensor(l0)))
         found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / _variance(self.z)}
         found["l0"] = fires / n
         if step.recall is not None:
             found["recall"] = step.recall
         return found
+
+    def _fires(self) -> Tensor:
+        """Parts of the number of latents that fire, on all ranks."""
+        if self.step.shard.world == 1:
+            return self.entries.acts > 0
+        assert self.entries.active is not None, "ranks tell each other how many fire"
+        return self.entries.active
+
+    def _is_full(self) -> bool:
+        """Whether there was no room for some entries, on any rank."""
+        if self.full is None:
+            return int(self.entries.offsets[-1]) == len(self.entries.acts)
+        return bool(self.full)
 
 
 class KernelStep:
@@ -81,6 +102,7 @@ class KernelStep:
     weights  are copied; from a CPU too, so that they need not fit the GPU beside their copies
     device   to work on; None: where the weights are
     config   how it is computed
+    shard    as for `PlainStep`
     rms      [d_in] root mean square of the normalised activations; tells fp8 which dimensions are outliers
 
     In Triton's interpreter it runs on a CPU with precision fp32, for tests.
@@ -102,10 +124,13 @@ class KernelStep:
         scale: float = 1.0,
         rms: Tensor | None = None,
         device: torch.device | str | None = None,
+        shard: Shard = ALONE,
     ) -> None:
         if config.precision == "fp8" and not isinstance(rule, TopK):
             raise ConfigError(f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16")
         self.n_latents, self.d_in = weights.w_enc.shape
+        self.shard = shard
+        first, self.n_all = shard.placed(self.n_latents)
         self.device = weights.w_enc.device if device is None else torch.device(device)
         self.rule, self.config, self.clip, self.scale = rule, config, clip, scale
         self.k_aux = self.d_in // 2 if k_aux is None else k_aux
@@ -113,7 +138,8 @@ class KernelStep:
         self.state = KernelState.make(weights, threshold, config, self.device, rms)
         columns = self.state.order.long()
         self.mean = torch.zeros(self.d_in, device=self.device) if mean is None else mean.float()[columns]
-        self.prefixes = torch.tensor(prefixes, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
+        own = [max(0, size - first) for size in prefixes]
+        self.prefixes = torch.tensor(own, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
         self.scalars = new_scalars(self.device)
         self.fp8, self.recall = config.precision == "fp8", None
         self.steps = 0
@@ -125,6 +151,8 @@ class KernelStep:
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, KernelSeen, DeadSet | None]] = {}
         self.streams = Streams(self.device)
         self._read_later: object = None  # by the decoder's update
+        if shard.world > 1:
+            self._check_shared()
 
     def __call__(self, x: Tensor, lr: float) -> KernelSeen:
         """Take one step on x [n, d_in] with learning rate ``lr``."""
@@ -173,6 +201,15 @@ class KernelStep:
         share = min(1.0, float(self._dead.n_dead) / self.k_aux)
         return self.auxk_coef * share * float(left.float().square().sum()) / len(left)
 
+    def _check_shared(self) -> None:
+        least = self.n_all // self.shard.world
+        if self._n_selected > least or self.rule.k > least:
+            raise ConfigError(f"k must be at most the {least} latents of a rank, got {self.rule.k}: use fewer ranks")
+        if self.config.precision == "fp8":
+            raise ConfigError("precision fp8 is not sharded on GPUs yet: use bf16")
+        if self.auxk_coef > 0 and self.k_aux > 0:
+            raise ConfigError("the AuxK loss is not sharded on GPUs yet: set k_aux to 0")
+
     def _eager(self, z: Tensor, lr: float) -> KernelSeen:
         self._dead = self._dead_set()
         entries, kept = self._encoded(z, self._dead)
@@ -200,7 +237,9 @@ class KernelStep:
         return seen
 
     def _learn(self, z: Tensor, entries: Entries, dead: DeadSet | None, kept: Tensor | None) -> KernelSeen:
-        n, state = len(z), self.state
+        n, state, full = len(z), self.state, None
+        if self.shard.world > 1:
+            entries, full = self._agreed(entries)
         planes = 1 if self.prefixes is None else len(self.prefixes)
         capacity = len(entries.acts)
         pull = self._buffer("pull", z.dtype, planes, n, z.shape[1])
@@ -212,9 +251,15 @@ class KernelStep:
         # who fired which latent does not wait for the decode
         with self.streams.aside():
             order = latent_order(entries.idx, self.n_latents)
+        read = (entries.acts, entries.idx, entries.offsets, state.decoder.high, state.decoder.inverse_norm)
+        sums = None
+        if self.shard.world > 1:
+            sums = self._buffer("sums", torch.float32, *pull.shape)
+            group_sums(*read, sums=sums, prefixes=self.prefixes)
+            self.shard.sum(sums)
         decode_error(
-            entries.acts, entries.idx, entries.offsets, state.decoder.high, state.decoder.inverse_norm, z, state.b_dec,
-            2 / n, pull=pull, token=token, d_acts=d_acts, squares=squares, whole=whole, prefixes=self.prefixes,
+            *read, z, state.b_dec, 2 / n, pull=pull, token=token, d_acts=d_acts, squares=squares, whole=whole,
+            prefixes=self.prefixes, sums=sums,
         )  # fmt: skip
         self.streams.join()
         lists = packed_lists(
@@ -226,7 +271,7 @@ class KernelStep:
             error = pull[-1] if planes == 1 else pull[-1] * planes
             aux_enc, aux_dec, left = AuxKept(dead, kept).gradients(error, z, state.decoder)
         self._update(z, pull, lists, aux_enc, aux_dec)
-        return KernelSeen(self, z, whole, entries, left)
+        return KernelSeen(self, z, whole, entries, left, full)
 
     def _update(
         self, z: Tensor, pull: Tensor, lists: PackedLists, aux_enc: AuxGrads | None, aux_dec: AuxGrads | None
@@ -249,6 +294,8 @@ class KernelStep:
             row_update(self._encoder, lists, z, self.scalars, norms=enc, **encoder)
             row_update(state.decoder, lists, pull, self.scalars, norms=dec, **decoder)
             bias_update(*moments, columns, self.scalars, scale=scale, norms=b)
+            if self.shard.world > 1:
+                norms = torch.cat([self.shard.sum(norms[: 2 * size].sum(dim=0, keepdim=True)), b])
             clip_factor(self.scalars, norms, self.clip)
             bias_update(*moments, columns, self.scalars, scale=scale)
         row_update(self._encoder, lists, z, self.scalars, **encoder)
@@ -300,7 +347,8 @@ class KernelStep:
             here, peaks = pre[: part.stop - at], maxima[: part.stop - at]
             self._encode(z, part, here, peaks)
             if isinstance(rule, BatchTopK):
-                entries = batch_topk(here, peaks, self.n_latents, rule.k)
+                ranks = {} if self.shard.world == 1 else {"total": self.shard.sum, "before": self.shard.before}
+                entries = batch_topk(here, peaks, self.n_latents, rule.k, **ranks)
             elif isinstance(rule, JumpReLU):
                 entries = entries or new_entries(n, int(self.config.spare * rule.k * n), self.n_latents, z.device)
                 assert self.threshold is not None, "JumpReLU has thresholds"
@@ -331,11 +379,24 @@ class KernelStep:
         return rescore(candidates, z, self.state.encoder.high, self.state.latents.b, k)
 
     def _even(self, picked: list[tuple[Tensor, Tensor]]) -> Entries:
-        """As CSR, k entries a token."""
+        """As CSR, k entries a token, on all ranks together."""
         acts, idx = picked[0] if len(picked) == 1 else (torch.cat(parts) for parts in zip(*picked, strict=True))
+        if self.shard.world > 1:
+            return winners(self.shard.gather(acts), idx, self.shard.rank, self.n_latents)
         n, k = acts.shape
         offsets = torch.arange(0, (n + 1) * k, k, dtype=torch.int32, device=acts.device)
         return Entries(acts.flatten(), idx.flatten(), offsets)
+
+    def _agreed(self, entries: Entries) -> tuple[Entries, Tensor | None]:
+        """With what fires on all ranks; and of how many ranks not everything has found room."""
+        if isinstance(self.rule, TopK):
+            return entries, None  # with which it came
+        if isinstance(self.rule, BatchTopK):
+            return replace(entries, active=self.shard.sum(entries.offsets[-1:].clone())), None
+        assert entries.active is not None, "JumpReLU counts active latents"
+        is_full = (entries.offsets[-1:] == len(entries.acts)).int()
+        counts = self.shard.sum(torch.cat([entries.active, is_full]))
+        return replace(entries, active=counts[:-1]), counts[-1:]
 
     @property
     def _n_selected(self) -> int:
@@ -397,7 +458,9 @@ class KernelStep:
 
     def _replays(self, n: int) -> bool:
         """The step is a graph; not before its kernels have been compiled, nor while dead latents take turns."""
-        if self.device.type != "cuda" or not self._small(n) or self._crowded or self._recall_is_due:
+        if self.device.type != "cuda" or self.shard.world > 1 or not self._small(n):
+            return False
+        if self._crowded or self._recall_is_due:
             return False
         key = n, self._room
         self._warm[key] = self._warm.get(key, 0) + 1

@@ -66,6 +66,10 @@ class Shard:
         """The largest over ranks, in place."""
         return self._reduced(x, dist.ReduceOp.MAX)
 
+    def before(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks before this one."""
+        return self.gather(x)[: self.rank].sum(dim=0, dtype=x.dtype)
+
     def total(self, number: int) -> int:
         """The sum of a number over ranks. The host waits."""
         return number if self.world == 1 else int(self.sum(torch.tensor(number, device=self._device)))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae_persona.errors import ConfigError, FormatError, RunError
+from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.shard import ALONE, Shard
 from sae_persona.sae.shard_state import Kept, gathered, kept, put
@@ -33,6 +34,12 @@ SETTINGS = {
 }
 CASES = {f"{rule} {setting}".strip(): (RULES[rule], SETTINGS[setting]) for rule in RULES for setting in SETTINGS}
 OF_THREE = ["topk", "topk many dead", "topk all at once", "batch_topk", "jumprelu nested"]
+KERNEL_CASES = {  # through the kernels: rule, settings, settings of the kernels
+    "topk sliced nested clipped": (TopK(3), {"prefixes": (7, 20, N_LATENTS), "clip": 0.5}, {"slice_tokens": 3}),
+    "batch_topk nested": (BatchTopK(3), {"prefixes": (7, 20, N_LATENTS)}, {}),
+    "jumprelu clipped": (JumpReLU(3, 0.5, 3.0), {"clip": 2.0}, {"spare": 12.0}),
+}
+KERNEL_N, KERNEL_STEPS = 4, 2  # Triton's interpreter is slow
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -87,6 +94,50 @@ def tied(shard: Shard) -> dict:
     return result(step, [step(batches()[0].round(), 1e-3).measures()])
 
 
+def through_kernels(shard: Shard, case: str) -> dict:
+    """With kernels where ranks share the latents, else in plain torch."""
+    rule, settings, config = KERNEL_CASES[case]
+    step = make(shard, rule, **settings)
+    if shard.world > 1:
+        from sae_persona.sae.kernel_step import KernelStep
+
+        step = KernelStep(
+            step.weights, rule, config=KernelConfig(precision="fp32", **config), threshold=step.threshold, k_aux=0,
+            auxk_coef=0.0, dead_after=DEAD_AFTER, shard=shard, **settings,
+        )  # fmt: skip
+    return result(step, [step(x[:KERNEL_N], 1e-3).measures() for x in batches(KERNEL_STEPS)])
+
+
+def tied_in_kernels(shard: Shard) -> list[int]:
+    """Of 9 latents a rank, all alike but for the last, which are the rank's that fire."""
+    from sae_persona.sae.kernel_step import KernelStep
+
+    w = torch.ones(18, D_IN)
+    w[8], w[17] = 2, 3
+    own = Weights(shard.block(w), torch.zeros(9), shard.block(w), torch.zeros(D_IN))
+    fired = []
+    for rule in (TopK(4), BatchTopK(4)):
+        config = KernelConfig(precision="fp32")
+        step = KernelStep(own, rule, config=config, k_aux=0, auxk_coef=0.0, dead_after=1, shard=shard)
+        step(torch.ones(1, D_IN), 1e-3)
+        fired.append((step.silent == 0).nonzero().flatten().tolist())
+    return fired
+
+
+def kernels_refuse(shard: Shard) -> list[str]:
+    from sae_persona.sae.kernel_step import KernelStep
+
+    said = []
+    for k, precision, k_aux in ((31, "fp32", 0), (3, "fp8", 0), (3, "fp32", 5)):
+        own = make(shard, TopK(3)).weights
+        config = KernelConfig(precision=precision)
+        try:
+            KernelStep(own, TopK(k), config=config, k_aux=k_aux, auxk_coef=1.0, dead_after=1, shard=shard)
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
 def spoilt(shard: Shard) -> dict:
     step = make(shard, TopK(K), clip=1.0)
     xs = batches(3)
@@ -125,6 +176,9 @@ def rank_main(folder: Path, rank: int, world: int) -> None:
     shard = Shard(rank, world)
     found = {case: trained(shard, case) for case in (CASES if world == 2 else OF_THREE)}
     found |= {"tied": tied(shard), "spoilt": spoilt(shard), "begun": vars(begun(shard)), "refused": wrong_block(shard)}
+    if world == 2:
+        found |= {f"kernels {case}": through_kernels(shard, case) for case in KERNEL_CASES}
+        found |= {"kernels tied": tied_in_kernels(shard), "kernels refused": kernels_refuse(shard)}
     if world == 3:
         parts = [Kept(**torch.load(folder.parent / "two" / f"{r}.pt", weights_only=True)["begun"]) for r in range(2)]
         found["resumed"] = resumed(shard, parts)
@@ -187,7 +241,7 @@ def three(two, tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def agree(ranks: list[dict], alone: dict) -> None:
+def agree(ranks: list[dict], alone: dict, rel: float = 1e-6) -> None:
     """All ranks have told the same, and what one process tells."""
     for i, rank in enumerate(ranks):
         assert rank["measures"] == ranks[0]["measures"]
@@ -195,7 +249,7 @@ def agree(ranks: list[dict], alone: dict) -> None:
         for name, x in rank["moments"].items():
             assert torch.equal(x, ranks[0]["moments"][name]), f"{name} of rank {i}"
     for got, wanted in zip(ranks[0]["measures"], alone["measures"], strict=True):
-        assert got == pytest.approx(wanted, rel=1e-6)
+        assert got == pytest.approx(wanted, rel=rel)
     for name in (*Weights._fields, "threshold"):
         got, wanted = ranks[0][name], alone[name]
         assert (got is None) == (wanted is None)
@@ -224,6 +278,22 @@ def test_of_equal_latents_on_two_ranks_the_lowest_fires(two, three):
     assert fired.sum() > 3 and (fired[:30] & ~fired[31:]).any()  # ties there were
     agree([rank["tied"] for rank in two], alone)
     agree([rank["tied"] for rank in three], alone)
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_two_ranks_train_through_kernels_as_one_in_plain_torch(two, case):
+    agree([rank[f"kernels {case}"] for rank in two], through_kernels(ALONE, case), rel=1e-5)
+
+
+def test_of_equal_latents_on_two_ranks_the_lowest_fires_in_kernels(two):
+    assert [rank["kernels tied"] for rank in two] == [[[0, 1, 8]] * 2, [[8]] * 2]
+
+
+def test_what_kernels_do_not_share_is_refused(two):
+    least, fp8, aux = two[0]["kernels refused"]
+    assert least == "k must be at most the 30 latents of a rank, got 31: use fewer ranks"
+    assert fp8 == "precision fp8 is not sharded on GPUs yet: use bf16"
+    assert aux == "the AuxK loss is not sharded on GPUs yet: set k_aux to 0"
 
 
 def test_a_batch_that_is_not_finite_is_left_out_by_all(two):
