@@ -211,6 +211,13 @@ def keep_auxk(pre: Tensor, dead: Tensor, n_latents: int, k_aux: int, *, kept: Te
     return kept.zero_().scatter_(1, place, values)
 
 
+def prune_auxk(everyone: Tensor, k_aux: int, rank: int, *, kept: Tensor) -> None:
+    ranks, n, m = everyone.shape
+    values, place = topk(everyone.transpose(0, 1).flatten(1), min(k_aux, ranks * m))
+    pruned = torch.zeros(n, ranks * m, dtype=kept.dtype, device=kept.device).scatter_(1, place, values)
+    kept.copy_(pruned.view(n, ranks, m)[:, rank])
+
+
 def scaled_rows(w: Tensor, inverse_norm: Tensor, dead: Tensor) -> Tensor:
     rows = torch.nn.functional.pad(_wide(w) * inverse_norm[:, None], (0, 0, 0, 1))
     return rows[dead.long()].to(w.dtype)

@@ -34,7 +34,7 @@ from sae_kernels.winners import winners
 from torch import Tensor
 
 from sae_persona.errors import ConfigError, RunError
-from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, dead_set, keep, room_for
+from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, agree, dead_set, keep, room_for
 from sae_persona.sae.kernel_plan import GRAPH_BELOW, KernelConfig, padded
 from sae_persona.sae.kernel_state import KernelState
 from sae_persona.sae.kernel_streams import Streams
@@ -207,8 +207,6 @@ class KernelStep:
             raise ConfigError(f"k must be at most the {least} latents of a rank, got {self.rule.k}: use fewer ranks")
         if self.config.precision == "fp8":
             raise ConfigError("precision fp8 is not sharded on GPUs yet: use bf16")
-        if self.auxk_coef > 0 and self.k_aux > 0:
-            raise ConfigError("the AuxK loss is not sharded on GPUs yet: set k_aux to 0")
 
     def _eager(self, z: Tensor, lr: float) -> KernelSeen:
         self._dead = self._dead_set()
@@ -269,7 +267,7 @@ class KernelStep:
         aux_enc = aux_dec = left = None
         if dead is not None and kept is not None:
             error = pull[-1] if planes == 1 else pull[-1] * planes
-            aux_enc, aux_dec, left = AuxKept(dead, kept).gradients(error, z, state.decoder)
+            aux_enc, aux_dec, left = AuxKept(dead, kept, self.shard).gradients(error, z, state.decoder)
         self._update(z, pull, lists, aux_enc, aux_dec)
         return KernelSeen(self, z, whole, entries, left, full)
 
@@ -357,6 +355,8 @@ class KernelStep:
                 picked.append(self._topk(z[part], here, peaks))
             if dead is not None and kept is not None and at < n_aux:
                 keep(here[: n_aux - at], dead, self.n_latents, self.k_aux, kept[part])
+        if kept is not None:
+            agree(kept, self.k_aux, self.shard)
         return entries or self._even(picked), kept
 
     def _encode(self, z: Tensor, part: slice, pre: Tensor, maxima: Tensor) -> None:
@@ -415,13 +415,15 @@ class KernelStep:
         if self.auxk_coef == 0 or self.k_aux == 0 or (self.steps - 1) % EVERY:
             return
         self._n_dead = int(self._dead_count.read())
-        self._room = room_for(self._n_dead, self.n_latents)
-        self._dead_count.write(self.dead.sum().float())
+        # every rank makes as much room as the one with most dead, since they exchange what is in it
+        self._room = room_for(self._n_dead, -(-self.n_all // self.shard.world), self.shard.world)
+        self._dead_count.write(self.shard.max(self.dead.sum().float()))
 
     def _dead_set(self) -> DeadSet | None:
         if self._room == 0:
             return None
-        return dead_set(self.silent, self.dead_after, self._room, self.steps if self._crowded else 0)
+        found = dead_set(self.silent, self.dead_after, self._room, self.steps if self._crowded else 0)
+        return found if self.shard.world == 1 else replace(found, n_dead=self.shard.sum(found.n_dead.clone()))
 
     @property
     def _crowded(self) -> bool:

@@ -36,7 +36,7 @@ CASES = {f"{rule} {setting}".strip(): (RULES[rule], SETTINGS[setting]) for rule 
 OF_THREE = ["topk", "topk many dead", "topk all at once", "batch_topk", "jumprelu nested"]
 KERNEL_CASES = {  # through the kernels: rule, settings, settings of the kernels
     "topk sliced nested clipped": (TopK(3), {"prefixes": (7, 20, N_LATENTS), "clip": 0.5}, {"slice_tokens": 3}),
-    "batch_topk nested": (BatchTopK(3), {"prefixes": (7, 20, N_LATENTS)}, {}),
+    "batch_topk nested with dead latents": (BatchTopK(3), SETTINGS["all at once"] | {"k_aux": 8, "clip": None}, {}),
     "jumprelu clipped": (JumpReLU(3, 0.5, 3.0), {"clip": 2.0}, {"spare": 12.0}),
 }
 KERNEL_N, KERNEL_STEPS = 4, 2  # Triton's interpreter is slow
@@ -99,13 +99,25 @@ def through_kernels(shard: Shard, case: str) -> dict:
     rule, settings, config = KERNEL_CASES[case]
     step = make(shard, rule, **settings)
     if shard.world > 1:
-        from sae_persona.sae.kernel_step import KernelStep
-
-        step = KernelStep(
-            step.weights, rule, config=KernelConfig(precision="fp32", **config), threshold=step.threshold, k_aux=0,
-            auxk_coef=0.0, dead_after=DEAD_AFTER, shard=shard, **settings,
-        )  # fmt: skip
+        step = as_kernels(step, config)
     return result(step, [step(x[:KERNEL_N], 1e-3).measures() for x in batches(KERNEL_STEPS)])
+
+
+def as_kernels(plain: PlainStep, config: dict, **settings):
+    from sae_persona.sae import kernel_auxk
+    from sae_persona.sae.kernel_step import KernelStep
+
+    kernel_auxk.ROOM = 16
+    ends = [stop for _, stop in plain.groups]
+    settings = {"prefixes": (7, 20, N_LATENTS) if len(ends) > 1 else (), "k_aux": plain.k_aux} | settings
+    step = KernelStep(
+        plain.weights, plain.rule, config=KernelConfig(**({"precision": "fp32", "auxk_tokens": 1.0} | config)),
+        threshold=plain.threshold, auxk_coef=plain.auxk_coef, dead_after=DEAD_AFTER, clip=plain.clip,
+        shard=plain.shard, **settings,
+    )  # fmt: skip
+    step.silent.copy_(plain.silent)
+    step._dead_count.write(plain.shard.max(step.dead.sum().float()))  # what it would have read some steps before
+    return step
 
 
 def tied_in_kernels(shard: Shard) -> list[int]:
@@ -125,14 +137,10 @@ def tied_in_kernels(shard: Shard) -> list[int]:
 
 
 def kernels_refuse(shard: Shard) -> list[str]:
-    from sae_persona.sae.kernel_step import KernelStep
-
     said = []
-    for k, precision, k_aux in ((31, "fp32", 0), (3, "fp8", 0), (3, "fp32", 5)):
-        own = make(shard, TopK(3)).weights
-        config = KernelConfig(precision=precision)
+    for k, precision in ((31, "fp32"), (3, "fp8")):
         try:
-            KernelStep(own, TopK(k), config=config, k_aux=k_aux, auxk_coef=1.0, dead_after=1, shard=shard)
+            as_kernels(make(shard, TopK(k)), {"precision": precision})
         except ConfigError as error:
             said.append(str(error))
     return said
@@ -282,7 +290,9 @@ def test_of_equal_latents_on_two_ranks_the_lowest_fires(two, three):
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
 def test_two_ranks_train_through_kernels_as_one_in_plain_torch(two, case):
-    agree([rank[f"kernels {case}"] for rank in two], through_kernels(ALONE, case), rel=1e-5)
+    alone = through_kernels(ALONE, case)
+    agree([rank[f"kernels {case}"] for rank in two], alone, rel=1e-5)
+    assert ("dead" in case) == any(m["auxk"] > 0 for m in alone["measures"])
 
 
 def test_of_equal_latents_on_two_ranks_the_lowest_fires_in_kernels(two):
@@ -290,10 +300,9 @@ def test_of_equal_latents_on_two_ranks_the_lowest_fires_in_kernels(two):
 
 
 def test_what_kernels_do_not_share_is_refused(two):
-    least, fp8, aux = two[0]["kernels refused"]
+    least, fp8 = two[0]["kernels refused"]
     assert least == "k must be at most the 30 latents of a rank, got 31: use fewer ranks"
     assert fp8 == "precision fp8 is not sharded on GPUs yet: use bf16"
-    assert aux == "the AuxK loss is not sharded on GPUs yet: set k_aux to 0"
 
 
 def test_a_batch_that_is_not_finite_is_left_out_by_all(two):

@@ -83,7 +83,7 @@ def _report_each_kernel() -> None:
 
 
 def _call_all(d: int, n_latents: int, k: int) -> None:
-    from sae_kernels.auxk import keep_auxk, row_dots, scaled_rows
+    from sae_kernels.auxk import keep_auxk, prune_auxk, row_dots, scaled_rows
     from sae_kernels.bias_update import bias_update, column_sums
     from sae_kernels.compact import batch_topk, jump, new_entries
     from sae_kernels.decode_error import columns_for, decode_error, group_sums
@@ -162,7 +162,8 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     row_update(plain, lists, pull, scalars, sums=sums, prefixes=prefixes, aux=aux, norms=norms)
 
     dead = room(min(4096, n_latents // 8 * 8), dtype=int32)
-    keep_auxk(pre, dead, n_latents, d // 2)
+    kept = keep_auxk(pre, dead, n_latents, d // 2)
+    prune_auxk(room(2, *kept.shape, dtype=bf16), d // 2, 1, kept=kept)
     rows = scaled_rows(w, of_latents, dead)
     row_dots(rows, rows)
 
