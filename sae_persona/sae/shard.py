@@ -152,10 +152,8 @@ def joined(device: str, *, timeout: timedelta = PATIENCE) -> Iterator[Shard]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with _or_lost():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-    try:
-        yield Shard(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Shard(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error, since it would wait for ranks that are lost
 
 
 class _Summed(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_persona.errors import ConfigError, FormatError, RunError
 from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.plain_step import PlainStep
-from sae_persona.sae.shard import ALONE, Shard
+from sae_persona.sae.shard import ALONE, Shard, joined
 from sae_persona.sae.shard_state import Kept, gathered, kept, put
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK
 from sae_persona.sae.step import Weights
@@ -351,6 +351,15 @@ def test_blocks_are_contiguous_and_of_even_size(n_latents, world):
     sizes = [stop - first for first, stop in bounds]
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
     assert Shard(0, world).bounds(n_latents, world - 1) == bounds[-1]
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as shard:
+        assert shard == ALONE
+    x = torch.randn(4, 3)
+    assert shard.block(x).equal(x) and shard.sum(x) is x and shard.summed(x) is x and shard.gather(x).equal(x[None])
+    assert shard.total(5) == shard.most(5) == 5 and shard.placed(7) == (0, 7)
 
 
 if __name__ == "__main__":
