@@ -228,7 +228,11 @@ def start(folder: Path, world: int) -> list[int]:
         subprocess.Popen([sys.executable, __file__, json.dumps([str(folder), rank, world])], env=env)
         for rank in range(world)
     ]
-    return [rank.wait(timeout=300) for rank in ranks]
+    try:
+        return [rank.wait(timeout=500) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 # ---- the tests
