@@ -215,7 +215,7 @@ class Bench:
             self.reported.add(name)
             low, middle, high = (values.quantile(q).item() for q in (0.2, 0.5, 0.8))
             timed = self.group.get(name)
-            row = self._identity() | {"mode": name, "ms_p20": low, "ms_p50": middle, "ms_p80": high}
+            row = identity(self.shape) | {"mode": name, "ms_p20": low, "ms_p50": middle, "ms_p80": high}
             row |= {"floor_ms": least, "x_floor": middle / least, "product_ms": product, "copy_tb_s": self.copy}
             row["peak_gb"] = timed.peak_gb if timed else ""
             row |= {"x_exact": middle / exact if exact and timed else "", "rounds": len(values)}
@@ -228,21 +228,23 @@ class Bench:
                 line += f"   {middle / exact:.3f} x exact, {(middle - exact) / least:+.2f} floors"
             self.run.say(line)
 
-    def _identity(self) -> dict[str, object]:
-        return {
-            "commit": ledger.commit(),
-            "date": date.today().isoformat(),
-            "gpu": card(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "shape": str(self.shape),
-        }
-
     def _drop(self, *, everything: bool = False) -> None:
         keep = {} if everything else {name: timed for name, timed in self.group.items() if name == ANCHOR}
         self.group.clear()
         self.group |= keep
         free()
+
+
+def identity(shape: modes.Shape) -> dict[str, object]:
+    """What a row of the ledger begins with."""
+    return {
+        "commit": ledger.commit(),
+        "date": date.today().isoformat(),
+        "gpu": card(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "shape": str(shape),
+    }
 
 
 def free() -> None:

@@ -3,16 +3,19 @@
     kept[i, s]  = max(0, pre[i, dead[s]]) if that is among the k_aux largest of the token's dead (of equal ones the
                   first), else 0
 
+    pruned[i, s] = kept[i, s] if it is among the k_aux largest of all ranks' kept of the token (of equal ones those of
+                   the first rank), else 0: for ranks that share the latents
+
     rows[s, :]  = w[dead[s], :] * inverse_norm[dead[s]], 0 for a place that is none
     dots[s]     = a[s, :] . b[s, :]
 
     pre     [n, padded]      fp32 | bf16    as `encode` leaves it
     dead    [m]              int32          latents; n_latents marks a place that is none
-    kept    [n, m]           as pre         m <= 32768
+    kept    [n, m]           as pre         m <= 32768, of all ranks together
     w, rows, a, b            fp32 | bf16    [n_latents, d], [m, d], [m, d], [m, d]; dots and inverse_norm fp32
 
 The dead are a small share, and k_aux of them a large part of that: dense products over the dead alone are faster than
-sparse ones. Oracles: `reference.keep_auxk`, `reference.scaled_rows`, `reference.row_dots`.
+sparse ones. Oracles: `reference.keep_auxk`, `reference.prune_auxk`, `reference.scaled_rows`, `reference.row_dots`.
 """
 
 import torch
@@ -50,6 +53,34 @@ def keep_auxk(pre: Tensor, dead: Tensor, n_latents: int, k_aux: int, *, kept: Te
         SHIFT=16 if pre.dtype == torch.bfloat16 else 0, num_warps=4 if width <= 4096 else 8 if width <= 16384 else 16,
     )  # fmt: skip
     return kept
+
+
+@triton.jit
+def _prune_auxk_kernel(
+    everyone_ptr, kept_ptr, rank, k_aux, n_tokens, m, size, M: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    # grid (n,): program n writes kept[n, :]; size = ranks * m
+    n = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, M)
+    value = tl.load(everyone_ptr + ((s // m) * n_tokens + n) * m + s % m, mask=s < size, other=0.0).to(tl.float32)
+    key = ordered(value, SHIFT)
+    low = tl.min(tl.where(s < size, key, 2147483647))
+    key = tl.where(s < size, key, -2147483648)
+    chosen = among_largest(key, k_aux, kth_largest(key, k_aux, low, tl.max(key)))
+    tl.store(kept_ptr + n * m + s % m, tl.where(chosen, value, 0.0), mask=(s // m == rank) & (s < size))
+
+
+def prune_auxk(everyone: Tensor, k_aux: int, rank: int, *, kept: Tensor) -> None:
+    """``kept`` [n, m] of one rank, from that of all, [ranks, n, m]."""
+    ranks, n, m = everyone.shape
+    if kept.shape != (n, m) or kept.dtype != everyone.dtype or ranks * m > MAX_DEAD:
+        wanted = f"{everyone.dtype} [{n}, {m}], of at most {MAX_DEAD} on all ranks"
+        raise ValueError(f"kept must be {wanted}, got {kept.dtype} {list(kept.shape)} on each of {ranks}")
+    width = triton.next_power_of_2(ranks * m)
+    _prune_auxk_kernel[(n,)](
+        everyone, kept, rank, min(k_aux, ranks * m), n, m, ranks * m, M=width,
+        SHIFT=16 if kept.dtype == torch.bfloat16 else 0, num_warps=4 if width <= 4096 else 8 if width <= 16384 else 16,
+    )  # fmt: skip
 
 
 @triton.jit

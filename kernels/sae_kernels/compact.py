@@ -19,6 +19,8 @@ last tokens lose theirs and `offsets` stops at the capacity: the caller looks. O
 `reference.jump`.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -249,8 +251,15 @@ def new_entries(n: int, capacity: int, n_latents: int, device: torch.device, *, 
     return Entries(acts, idx, offsets, torch.zeros_like(acts), torch.zeros_like(offsets[1:]))
 
 
-def batch_topk(pre: Tensor, maxima: Tensor, n_latents: int, k: int) -> Entries:
-    """The n * k largest positive pre-activations of the batch."""
+def batch_topk(
+    pre: Tensor, maxima: Tensor, n_latents: int, k: int, *, total: Callable[[Tensor], Tensor] | None = None,
+    before: Callable[[Tensor], Tensor] | None = None,
+) -> Entries:  # fmt: skip
+    """The n * k largest positive pre-activations of the batch.
+
+    Where ranks share the latents, ``total`` sums counts over them, ``before`` over the ranks that come before this one:
+    of equal ones those of the first rank are taken.
+    """
     chunk_size = check_maxima(pre, maxima)
     n, n_chunks = maxima.shape
     bf16, bounded = pre.dtype == torch.bfloat16, 2 * k <= n_chunks
@@ -266,9 +275,13 @@ def batch_topk(pre: Tensor, maxima: Tensor, n_latents: int, k: int) -> Entries:
         histogram = torch.zeros(copies, bins, dtype=torch.int32, device=pre.device)
         shape = {"SHIFT": shift, "BINS": bins, "COPIES": copies}
         _histogram_kernel[(n,)](*read, bound, level, histogram, *size, **shape, **tile)
-        _level_kernel[(1,)](histogram, level, n * k, **shape, BLOCK=4096, num_warps=8)
+        _level_kernel[(1,)](
+            histogram if total is None else total(histogram), level, n * k, **shape, BLOCK=4096, num_warps=8
+        )
     above, equal = torch.empty(2, n, dtype=torch.int32, device=pre.device)
     _count_kernel[(n,)](*read, level, None, above, equal, 0.0, *size, JUMP=False, **tile)
+    if before is not None:  # the room that is left by others; below 0 there is none
+        level[1:] -= before(equal.sum(dtype=torch.int32)[None])
     found = new_entries(n, n * k, n_latents, pre.device, jumping=False)
     _offsets_kernel[(1,)](above, equal, level, found.offsets, n, n * k, BLOCK=4096, TIES=True, num_warps=8)
     _fill_kernel[(n,)](

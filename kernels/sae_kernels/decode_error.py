@@ -20,9 +20,16 @@
     squares, whole   [blocks, n]        fp32  a part for each block of columns: their sums over blocks are meant
     d_acts           [blocks, capacity] fp32  likewise; also where acts is 0
 
+Where latents are shared by ranks, the rebuilt parts are added up over them in between: `group_sums` gives a rank's
+
+    sums[g, i, :]   = sum of acts[e] * row[idx[e], :]  over entries e of token i whose first prefix is g
+
+and `decode_error` takes their sum over ranks, [P, n, d] fp32, in place of its own. Prefixes are then those of the rank:
+0 where it begins behind one, and the last is no less than its n_latents.
+
 `pull` is what an entry's decoder row is moved by: the gradient of w_dec[l] is scale * sum of acts * pull. A program
 takes one block of columns of one token, so that what it read of w_dec is still in the nearest cache when it is wanted
-a second time. Oracle: `reference.decode_error`.
+a second time. Oracles: `reference.decode_error`, `reference.group_sums`.
 """
 
 import torch
@@ -67,9 +74,26 @@ def _acts_grads(
 
 
 @triton.jit
+def _group_sums_kernel(
+    acts_ptr, idx_ptr, offsets_ptr, bounds_ptr, w_ptr, inverse_norm_ptr, sums_ptr, n_tokens, d, P: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    # grid (n, blocks of columns): program (n, c) writes block c of sums[:, n, :]
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    plane = tl.cast(n_tokens, tl.int64) * d
+    first = tl.load(offsets_ptr + n)
+    for p in tl.static_range(P):
+        end = tl.load(bounds_ptr + n * P + p)
+        total = _range_sum(acts_ptr, idx_ptr, w_ptr, inverse_norm_ptr, first, end, d, column, BLOCK_D, UNROLL)
+        tl.store(sums_ptr + p * plane + n * d + column, total, mask=column < d)
+        first = end
+
+
+@triton.jit
 def _decode_error_kernel(
-    acts_ptr, idx_ptr, offsets_ptr, w_ptr, inverse_norm_ptr, x_ptr, b_ptr, pull_ptr, token_ptr, d_acts_ptr, squares_ptr,
-    whole_ptr, scale, capacity, d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    acts_ptr, idx_ptr, offsets_ptr, w_ptr, inverse_norm_ptr, x_ptr, b_ptr, sums_ptr, pull_ptr, token_ptr, d_acts_ptr,
+    squares_ptr, whole_ptr, scale, capacity, d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     # grid (n, blocks of columns): program (n, c) writes block c of pull[0, n, :], its part of squares, whole, d_acts
     n = tl.program_id(0).to(tl.int64)
@@ -79,7 +103,10 @@ def _decode_error_kernel(
     d_acts_ptr += tl.program_id(1).to(tl.int64) * capacity
     error = tl.load(b_ptr + column, mask=inside, other=0.0)
     error -= tl.load(x_ptr + n * d + column, mask=inside, other=0.0).to(tl.float32)
-    error += _range_sum(acts_ptr, idx_ptr, w_ptr, inverse_norm_ptr, start, stop, d, column, BLOCK_D, UNROLL)
+    if SUMMED:
+        error += tl.load(sums_ptr + n * d + column, mask=inside, other=0.0)
+    else:
+        error += _range_sum(acts_ptr, idx_ptr, w_ptr, inverse_norm_ptr, start, stop, d, column, BLOCK_D, UNROLL)
     tl.store(pull_ptr + n * d + column, error, mask=inside)
     squares = tl.sum(error * error)
     part = tl.program_id(1) * tl.num_programs(0) + n
@@ -107,8 +134,9 @@ def _bounds_kernel(idx_ptr, offsets_ptr, prefix_ptr, bounds_ptr, P: tl.constexpr
 
 @triton.jit
 def _decode_prefixes_kernel(
-    acts_ptr, idx_ptr, offsets_ptr, bounds_ptr, w_ptr, inverse_norm_ptr, x_ptr, b_ptr, pull_ptr, token_ptr, d_acts_ptr,
-    squares_ptr, whole_ptr, scale, capacity, n_tokens, d, P: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    acts_ptr, idx_ptr, offsets_ptr, bounds_ptr, w_ptr, inverse_norm_ptr, x_ptr, b_ptr, sums_ptr, pull_ptr, token_ptr,
+    d_acts_ptr, squares_ptr, whole_ptr, scale, capacity, n_tokens, d, P: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     # grid (n, blocks of columns): program (n, c) writes block c of pull[:, n, :], its part of squares, whole, d_acts
     n = tl.program_id(0).to(tl.int64)
@@ -124,7 +152,10 @@ def _decode_prefixes_kernel(
     first = start
     for p in tl.static_range(P):
         end = tl.load(bounds_ptr + n * P + p)
-        error += _range_sum(acts_ptr, idx_ptr, w_ptr, inverse_norm_ptr, first, end, d, column, BLOCK_D, UNROLL)
+        if SUMMED:
+            error += tl.load(sums_ptr + p * plane + n * d + column, mask=inside, other=0.0)
+        else:
+            error += _range_sum(acts_ptr, idx_ptr, w_ptr, inverse_norm_ptr, first, end, d, column, BLOCK_D, UNROLL)
         first = end
         whole = tl.sum(error * error)
         total += whole
@@ -152,14 +183,44 @@ def columns_for(d: int) -> int:
     return min(256, triton.next_power_of_2(d))
 
 
+def _sizes(columns: int) -> dict[str, int]:
+    return {"BLOCK_D": columns, "UNROLL": 4, "num_warps": max(1, columns // 256)}
+
+
+def _bounds(idx: Tensor, offsets: Tensor, prefixes: Tensor) -> Tensor:
+    """Where the entries of each token in each prefix end: [n, P]."""
+    n = len(offsets) - 1
+    bounds = torch.empty(n, len(prefixes), dtype=torch.int32, device=idx.device)
+    _bounds_kernel[(n,)](idx, offsets, prefixes, bounds, P=len(prefixes), WIDTH=32, num_warps=1)
+    return bounds
+
+
+def group_sums(
+    acts: Tensor, idx: Tensor, offsets: Tensor, w_dec: Tensor, inverse_norm: Tensor, *, sums: Tensor,
+    prefixes: Tensor | None = None, columns: int | None = None,
+) -> None:  # fmt: skip
+    """Fill ``sums`` [P, n, d] fp32; the rest as for `decode_error`."""
+    n, d, n_prefixes = len(offsets) - 1, w_dec.shape[1], 1 if prefixes is None else len(prefixes)
+    if sums.shape != (n_prefixes, n, d) or sums.dtype != torch.float32:
+        raise ValueError(f"sums must be fp32 [{n_prefixes}, {n}, {d}], got {sums.dtype} {list(sums.shape)}")
+    if any(t.dtype != torch.int32 for t in (idx, offsets)):
+        raise ValueError(f"idx and offsets must be int32, got {idx.dtype} and {offsets.dtype}")
+    columns = columns or columns_for(d)
+    bounds = offsets[1:] if prefixes is None else _bounds(idx, offsets, prefixes)
+    _group_sums_kernel[(n, triton.cdiv(d, columns))](
+        acts, idx, offsets, bounds, w_dec, inverse_norm, sums, n, d, P=n_prefixes, **_sizes(columns)
+    )
+
+
 def decode_error(
     acts: Tensor, idx: Tensor, offsets: Tensor, w_dec: Tensor, inverse_norm: Tensor, x: Tensor, b_dec: Tensor,
     scale: float, *, pull: Tensor, token: Tensor, d_acts: Tensor, squares: Tensor, whole: Tensor,
-    prefixes: Tensor | None = None, columns: int | None = None,
+    prefixes: Tensor | None = None, sums: Tensor | None = None, columns: int | None = None,
 ) -> None:  # fmt: skip
     """Fill ``pull``, ``token``, ``d_acts``, ``squares`` and ``whole``.
 
     prefixes   [P] int32; None for one
+    sums       [P, n, d] fp32, the `group_sums` of all ranks; None: these entries are all
     columns    of a block; None: `columns_for`
     """
     (n, d), capacity = x.shape, len(acts)
@@ -173,13 +234,14 @@ def decode_error(
         raise ValueError(f"idx, offsets and token must be int32, got {idx.dtype}, {offsets.dtype}, {token.dtype}")
     if d_acts.shape != (blocks, capacity) or squares.shape != (blocks, n) or whole.shape != (blocks, n):
         raise ValueError(f"d_acts, squares and whole must be of {blocks} blocks of columns, got {list(d_acts.shape)}")
-    size = {"BLOCK_D": columns, "UNROLL": 4, "num_warps": max(1, columns // 256)}
-    outs = (pull, token, d_acts, squares, whole, scale, capacity)
+    if sums is not None and (sums.shape != pull.shape or sums.dtype != torch.float32):
+        raise ValueError(f"sums must be fp32 {list(pull.shape)} like pull, got {sums.dtype} {list(sums.shape)}")
+    constants = {**_sizes(columns), "SUMMED": sums is not None}
+    outs = (sums, pull, token, d_acts, squares, whole, scale, capacity)
     if prefixes is None:
-        _decode_error_kernel[(n, blocks)](acts, idx, offsets, w_dec, inverse_norm, x, b_dec, *outs, d, **size)
+        _decode_error_kernel[(n, blocks)](acts, idx, offsets, w_dec, inverse_norm, x, b_dec, *outs, d, **constants)
         return
-    bounds = torch.empty(n, n_prefixes, dtype=torch.int32, device=x.device)
-    _bounds_kernel[(n,)](idx, offsets, prefixes, bounds, P=n_prefixes, WIDTH=32, num_warps=1)
+    bounds = _bounds(idx, offsets, prefixes)
     _decode_prefixes_kernel[(n, blocks)](
-        acts, idx, offsets, bounds, w_dec, inverse_norm, x, b_dec, *outs, n, d, P=n_prefixes, **size
+        acts, idx, offsets, bounds, w_dec, inverse_norm, x, b_dec, *outs, n, d, P=n_prefixes, **constants
     )

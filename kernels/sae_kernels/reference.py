@@ -114,6 +114,18 @@ def rescore(candidates: Tensor, x: Tensor, w: Tensor, b: Tensor, k: int) -> tupl
     return score.gather(1, best).relu(), candidates.gather(1, best)
 
 
+def winners(everyone: Tensor, idx: Tensor, rank: int, n_latents: int) -> Entries:
+    ranks, n, k = everyone.shape
+    best = topk(everyone.transpose(0, 1).flatten(1), k)[1]
+    wins = torch.zeros(n, ranks * k, dtype=torch.bool, device=idx.device).scatter_(1, best, True).view(n, ranks, k)
+    wins &= ~(everyone.transpose(0, 1) <= 0)
+    own = wins[:, rank]
+    acts, latents = everyone.new_zeros(n * k), torch.full((n * k,), n_latents, dtype=torch.int32, device=idx.device)
+    acts[: own.sum()], latents[: own.sum()] = everyone[rank][own], idx[own]
+    offsets = torch.nn.functional.pad(own.sum(dim=1).cumsum(0), (1, 0)).int()
+    return Entries(acts, latents, offsets, active=wins.flatten(1).sum(dim=1).int())
+
+
 def batch_topk(pre: Tensor, maxima: Tensor, n_latents: int, k: int) -> Entries:
     n = len(pre)
     flat = _wide(pre)[:, :n_latents].flatten()
@@ -138,10 +150,23 @@ def jump(pre: Tensor, maxima: Tensor, threshold: Tensor, bandwidth: float, entri
         entries.offsets[i + 1], entries.active[i] = stop, fires.sum()
 
 
+def group_sums(
+    acts: Tensor, idx: Tensor, offsets: Tensor, w_dec: Tensor, inverse_norm: Tensor, *, sums: Tensor,
+    prefixes: Tensor | None = None, columns: int | None = None,
+) -> None:  # fmt: skip
+    rows = _wide(w_dec) * inverse_norm[:, None]
+    sizes = torch.tensor([len(w_dec)], device=acts.device) if prefixes is None else prefixes
+    for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        latent = idx[start:stop].long()
+        group = (latent[:, None] >= sizes).sum(dim=1)
+        terms = acts[start:stop, None] * rows[latent]
+        sums[:, i] = torch.stack([terms[group == g].sum(dim=0) for g in range(len(sizes))])
+
+
 def decode_error(
     acts: Tensor, idx: Tensor, offsets: Tensor, w_dec: Tensor, inverse_norm: Tensor, x: Tensor, b_dec: Tensor,
     scale: float, *, pull: Tensor, token: Tensor, d_acts: Tensor, squares: Tensor, whole: Tensor,
-    prefixes: Tensor | None = None, columns: int | None = None,
+    prefixes: Tensor | None = None, sums: Tensor | None = None, columns: int | None = None,
 ) -> None:  # fmt: skip
     """All in the first of the blocks, whose sum is meant."""
     rows = _wide(w_dec) * inverse_norm[:, None]
@@ -151,7 +176,8 @@ def decode_error(
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
         latent = idx[start:stop].long()
         terms = acts[start:stop, None] * rows[latent]
-        errors = torch.stack([terms[latent < size].sum(dim=0) + b_dec - _wide(x)[i] for size in sizes])
+        rebuilt = [terms[latent < size].sum(dim=0) for size in sizes] if sums is None else sums[:, i].cumsum(0)
+        errors = torch.stack([one + b_dec - _wide(x)[i] for one in rebuilt])
         kept = errors if len(sizes) == 1 else errors.to(pull.dtype).to(errors.dtype)
         pulls = torch.stack([kept[g:].sum(dim=0) / len(sizes) for g in range(len(sizes))])
         pull[:, i] = pulls
@@ -183,6 +209,13 @@ def keep_auxk(pre: Tensor, dead: Tensor, n_latents: int, k_aux: int, *, kept: Te
     values, place = topk(real[:, dead.long()], min(k_aux, len(dead)))
     kept = torch.empty(len(pre), len(dead), dtype=pre.dtype, device=pre.device) if kept is None else kept
     return kept.zero_().scatter_(1, place, values)
+
+
+def prune_auxk(everyone: Tensor, k_aux: int, rank: int, *, kept: Tensor) -> None:
+    ranks, n, m = everyone.shape
+    values, place = topk(everyone.transpose(0, 1).flatten(1), min(k_aux, ranks * m))
+    pruned = torch.zeros(n, ranks * m, dtype=kept.dtype, device=kept.device).scatter_(1, place, values)
+    kept.copy_(pruned.view(n, ranks, m)[:, rank])
 
 
 def scaled_rows(w: Tensor, inverse_norm: Tensor, dead: Tensor) -> Tensor:

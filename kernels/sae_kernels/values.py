@@ -14,7 +14,7 @@ BLOCK_N = 128  # tokens that `column_sums` adds up at once
 
 @dataclass(frozen=True)
 class Entries:
-    """What fires, as CSR; shapes in `compact.py`."""
+    """What fires, as CSR; shapes in `compact.py` and `winners.py`."""
 
     acts: Tensor
     idx: Tensor

@@ -7,9 +7,11 @@ and takes the set of the moment, as far as the room made for it goes.
 from dataclasses import dataclass
 
 import torch
-from sae_kernels.auxk import MAX_DEAD, keep_auxk, row_dots, scaled_rows
+from sae_kernels.auxk import MAX_DEAD, keep_auxk, prune_auxk, row_dots, scaled_rows
 from sae_kernels.values import AuxGrads, Rows
 from torch import Tensor
+
+from sae_persona.sae.shard import ALONE, Shard
 
 EVERY = 16  # steps between two readings of the number of dead latents
 ROOM = 128  # the room for them is a multiple of it
@@ -39,19 +41,22 @@ class LateNumber:
 
 @dataclass(frozen=True)
 class DeadSet:
-    """Some dead latents: idx [m] int32, n_latents where fewer are dead; their number []; each latent's place or -1."""
+    """Some dead latents: idx [m] int32, n_latents where fewer are dead; each latent's place or -1.
+
+    n_dead   []   how many they are, on all ranks
+    """
 
     idx: Tensor
     n_dead: Tensor
     slot: Tensor
 
 
-def room_for(n_dead: int, n_latents: int) -> int:
-    """Places to make for ``n_dead`` latents and the few that may die until it is read again."""
+def room_for(n_dead: int, n_latents: int, ranks: int = 1) -> int:
+    """Places to make for ``n_dead`` latents of a rank and the few that may die until it is read again."""
     if n_dead == 0:
         return 0
     wanted = -(-(n_dead + n_dead // 64) // ROOM) * ROOM
-    return min(wanted, MAX_DEAD, -(-n_latents // ROOM) * ROOM)
+    return min(wanted, MAX_DEAD // ranks, -(-n_latents // ROOM) * ROOM)
 
 
 def dead_set(silent: Tensor, dead_after: int, room: int, turn: int) -> DeadSet:
@@ -73,6 +78,7 @@ class AuxKept:
 
     dead: DeadSet
     kept: Tensor
+    shard: Shard = ALONE
 
     def gradients(self, error: Tensor, z: Tensor, decoder: Rows) -> tuple[AuxGrads, AuxGrads, Tensor]:
         """Gradients of the encoder and the decoder rows, before AUX; and what is left of the error, [n_aux, d].
@@ -83,12 +89,24 @@ class AuxKept:
         assert decoder.inverse_norm is not None, "a decoder's rows have norms"
         n = len(self.kept)
         w_dec = scaled_rows(decoder.high, decoder.inverse_norm, self.dead.idx)
-        left = torch.addmm(error[:n], self.kept, w_dec)
+        left = self._left(error[:n], w_dec)
         d_kept = torch.ops.aten.threshold_backward(left @ w_dec.T, self.kept, 0)
         d_dec, d_enc = self.kept.T @ left, d_kept.T @ z[:n]
         along = row_dots(d_dec, w_dec)
         d_b = d_kept.sum(dim=0, dtype=torch.float32)
         return AuxGrads(d_enc, self.dead.slot, d_b), AuxGrads(d_dec, self.dead.slot, along), left
+
+    def _left(self, error: Tensor, w_dec: Tensor) -> Tensor:
+        if self.shard.world == 1:
+            return torch.addmm(error, self.kept, w_dec)
+        rebuilt = self.shard.sum((self.kept @ w_dec).float())
+        return rebuilt.add_(error).to(error.dtype)
+
+
+def agree(kept: Tensor, k_aux: int, shard: Shard) -> None:
+    """Leave of what the ranks keep [n_aux, m] the ``k_aux`` largest of each token."""
+    if shard.world > 1 and k_aux < shard.world * kept.shape[1]:
+        prune_auxk(shard.gather(kept), k_aux, shard.rank, kept=kept)
 
 
 def keep(pre: Tensor, dead: DeadSet, n_latents: int, k_aux: int, kept: Tensor) -> None:

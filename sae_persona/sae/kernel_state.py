@@ -1,8 +1,7 @@
 """What a step on a GPU keeps between calls: the weights as the kernels want them, and Adam's moments."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from sae_kernels.prepare import FP8
@@ -71,29 +70,6 @@ class KernelState:
         )
         w_dec.div_(torch.linalg.vector_norm(w_dec, dim=1, keepdim=True))
         return Weights(w_enc, self.latents.b.clone(), w_dec, self._as_given(self.b_dec[None])[0])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, as `from_tensors` takes them."""
-        found = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, Tensor):
-                found[part.name] = value
-            elif is_dataclass(value):
-                inner = {f"{part.name}.{name}": x for name, x in vars(value).items()}
-                found |= {name: x for name, x in inner.items() if x is not None}
-        return found
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], side: int, device: torch.device) -> Self:
-        """The state that has these tensors, on the device."""
-
-        def part(kind: type, prefix: str) -> Any:
-            named = {field.name: tensors.get(f"{prefix}.{field.name}") for field in fields(kind)}
-            return kind(**{name: None if x is None else x.to(device, copy=True) for name, x in named.items()})
-
-        own = {name: x.to(device, copy=True) for name, x in tensors.items() if "." not in name}
-        return cls(part(Rows, "encoder"), part(Latents, "latents"), part(Rows, "decoder"), **own, side=side)
 
     def _as_given(self, w: Tensor) -> Tensor:
         given = torch.empty(len(w), len(self.order), device=w.device)

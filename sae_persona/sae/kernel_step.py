@@ -7,17 +7,23 @@
     idx -> lists         packed_lists   entries by latent
     lists -> weights     row_update     gradient, Adam and norm of each row; biases and counters with it
 
+Where ranks share the latents, they exchange their choice after select, and what they rebuilt within decode_error, in
+fp32: the error is what is left of x by it, and bf16 would round it at every rank by as much as x itself was. Both are
+small beside the product: n * k and n * d numbers. The sums are the same to the bit on all ranks, so b_dec stays so.
+
 The host waits for the device nowhere in it. A batch whose loss is not finite leaves every weight as it was and is
 counted in FLAGGED.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from sae_kernels.bias_update import bias_update, column_sums
 from sae_kernels.compact import batch_topk, jump, new_entries
-from sae_kernels.decode_error import columns_for, decode_error
+from sae_kernels.decode_error import columns_for, decode_error, group_sums
 from sae_kernels.encode import chunk_for, encode
 from sae_kernels.packed_lists import latent_order, packed_lists
 from sae_kernels.prepare import FP8, prepare
@@ -26,16 +32,17 @@ from sae_kernels.row_update import Shape, block_sums, row_update, shape_for
 from sae_kernels.scalars import begin, clip_factor, conclude, new_scalars
 from sae_kernels.select import select
 from sae_kernels.values import BETAS, FLAGGED, LOSS, AuxGrads, Entries, PackedLists, Rows
+from sae_kernels.winners import winners
 from torch import Tensor
 
 from sae_persona.errors import ConfigError, RunError
-from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, dead_set, keep, room_for
+from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, agree, dead_set, keep, room_for
 from sae_persona.sae.kernel_plan import GRAPH_BELOW, KernelConfig, padded
 from sae_persona.sae.kernel_state import KernelState
 from sae_persona.sae.kernel_streams import Streams
+from sae_persona.sae.shard import ALONE, Shard
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule
 from sae_persona.sae.step import Weights, threshold_lr
-from sae_persona.types import State
 
 BESIDE = Shape(256, 2)  # of the decoder's update beside the product, which leaves it few registers
 WARM = 3  # steps before one is captured as a graph
@@ -50,6 +57,7 @@ class KernelSeen:
     rule       as it was, with the k of the step
     z [n, d]   whole [blocks, n]: parts of the squared errors of the whole dictionary   entries: what fired
     left       None or [n, d]: what AuxK left of the error
+    full       None or [1]: ranks that had no room for all that fires on theirs
     """
 
     step: "KernelStep"
@@ -58,24 +66,38 @@ class KernelSeen:
     whole: Tensor
     entries: Entries
     left: Tensor | None
+    full: Tensor | None = None
 
     def measures(self) -> dict[str, float]:
         """As `Seen.measures`; with fp8 also its recall. RunError if more latents fired than there was room for."""
         step, n = self.step, len(self.z)
         loss = float(step.scalars[LOSS])
         shares = {"auxk": 0.0 if self.left is None else step.auxk_share(self.left)}
-        fires = int((self.entries.acts > 0).sum())
-        if self.entries.active is not None:
+        fires = int(self._fires().sum())
+        if isinstance(self.rule, JumpReLU):
+            assert self.entries.active is not None, "JumpReLU counts active latents"
             l0 = int(self.entries.active.sum()) / n
-            if int(self.entries.offsets[-1]) == len(self.entries.acts):
+            if self._is_full():
                 raise RunError(f"{l0:.0f} latents fire on a token, more than there is room for: raise spare, or k")
-            assert isinstance(self.rule, JumpReLU), "the others count no active latents"
             shares["sparsity"] = float(self.rule.loss(torch.tensor(l0)))
         found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / _variance(self.z)}
         found["l0"] = fires / n
         if step.recall is not None:
             found["recall"] = step.recall
         return found
+
+    def _fires(self) -> Tensor:
+        """Parts of the number of latents that fire, on all ranks."""
+        if self.step.shard.world == 1:
+            return self.entries.acts > 0
+        assert self.entries.active is not None, "ranks tell each other how many fire"
+        return self.entries.active
+
+    def _is_full(self) -> bool:
+        """Whether there was no room for some entries, on any rank."""
+        if self.full is None:
+            return int(self.entries.offsets[-1]) == len(self.entries.acts)
+        return bool(self.full)
 
 
 class KernelStep:
@@ -84,6 +106,7 @@ class KernelStep:
     weights  are copied; from a CPU too, so that they need not fit the GPU beside their copies
     device   to work on; None: where the weights are
     config   how it is computed
+    shard    as for `PlainStep`
     rms      [d_in] root mean square of the normalised activations; tells fp8 which dimensions are outliers
 
     In Triton's interpreter it runs on a CPU with precision fp32, for tests.
@@ -106,12 +129,15 @@ class KernelStep:
         scale: float = 1.0,
         rms: Tensor | None = None,
         device: torch.device | str | None = None,
+        shard: Shard = ALONE,
     ) -> None:
         if config.precision == "fp8" and not isinstance(rule, TopK):
             raise ConfigError(f"precision fp8 is for rule topk, got {type(rule).__name__}: use bf16")
         if multi_topk:
             raise ConfigError("multi_topk runs in plain torch, not through the kernels: pass kernels=None")
         self.n_latents, self.d_in = weights.w_enc.shape
+        self.shard = shard
+        first, self.n_all = shard.placed(self.n_latents)
         self.device = weights.w_enc.device if device is None else torch.device(device)
         self.rule, self.config, self.clip, self.scale = rule, config, clip, scale
         self.most_k = rule.k
@@ -121,7 +147,8 @@ class KernelStep:
         columns = self.state.order.long()
         self._mean = None if mean is None else mean.float()
         self.mean = torch.zeros(self.d_in, device=self.device) if self._mean is None else self._mean[columns]
-        self.prefixes = torch.tensor(prefixes, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
+        own = [max(0, size - first) for size in prefixes]
+        self.prefixes = torch.tensor(own, dtype=torch.int32, device=self.device) if len(prefixes) > 1 else None
         self.scalars = new_scalars(self.device)
         self.fp8, self.recall = config.precision == "fp8", None
         self.steps = 0
@@ -133,6 +160,8 @@ class KernelStep:
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, KernelSeen, DeadSet | None]] = {}
         self.streams = Streams(self.device)
         self._read_later: object = None  # by the decoder's update
+        if shard.world > 1:
+            self._check_shared()
 
     def __call__(self, x: Tensor, lr: float) -> KernelSeen:
         """Take one step on x [n, d_in] with learning rate ``lr``."""
@@ -185,32 +214,41 @@ class KernelStep:
         """Let the current stream wait for the decoder's update."""
         self.streams.wait()
 
-    def snapshot(self) -> State:
-        self.wait()
-        numbers = {"side": self.state.side, "fp8": self.fp8, "recall": self.recall, "steps": self.steps}
-        numbers |= {"n_dead": self._n_dead, "room": self._room}
-        # what is on its way to the host arrives first
-        numbers |= {"dead_count": self._dead_count.read(), "late_recall": self._late_recall.read()}
-        return State({**self.state.tensors(), "scalars": self.scalars}, numbers)
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What lasts from one step to the next on the host: JSON values. The host waits for what is on its way."""
+        found = {"steps": self.steps, "side": self.state.side, "fp8": self.fp8, "recall": self.recall}
+        found |= {"most_k": self.most_k, "n_dead": self._n_dead, "room": self._room}
+        return found | {"dead_count": self._dead_count.read(), "late_recall": self._late_recall.read()}
 
-    def restore(self, state: State) -> None:
-        n = state.numbers
-        tensors = {name: x for name, x in state.tensors.items() if name != "scalars"}
+    def go_on(self, numbers: Mapping[str, Any], *, same_block: bool) -> None:
+        """Go on from such numbers; ``same_block`` if they were this rank's. The state's tensors are there already.
+
+        With other blocks it is found out anew how many latents are dead: the first steps are without AuxK.
+        """
+        n = numbers
         self._graphs.clear()
-        self.state = KernelState.from_tensors(tensors, n["side"], self.device)
+        self.state = replace(self.state, side=n["side"])
         if self._mean is not None:
             self.mean = self._mean[self.state.order.long()]
-        self.scalars.copy_(state.tensors["scalars"])
-        self.fp8, self.recall, self.steps = n["fp8"], n["recall"], n["steps"]
-        self._n_dead, self._room = n["n_dead"], n["room"]
-        for late, value in ((self._dead_count, n["dead_count"]), (self._late_recall, n["late_recall"])):
-            late.write(torch.tensor(value, device=self.device))
+        self.steps, self.fp8, self.recall, self.most_k = n["steps"], n["fp8"], n["recall"], n["most_k"]
+        self._late_recall.write(torch.tensor(n["late_recall"], device=self.device))
+        if same_block:
+            self._n_dead, self._room = n["n_dead"], n["room"]
+            self._dead_count.write(torch.tensor(n["dead_count"], device=self.device))
 
     def auxk_share(self, left: Tensor) -> float:
         """AuxK's share of the loss of a step that left so much of the error."""
         assert self._dead is not None, "AuxK leaves nothing without dead latents"
         share = min(1.0, float(self._dead.n_dead) / self.k_aux)
         return self.auxk_coef * share * float(left.float().square().sum()) / len(left)
+
+    def _check_shared(self) -> None:
+        least = self.n_all // self.shard.world
+        if self._n_selected > least or self.rule.k > least:
+            raise ConfigError(f"k must be at most the {least} latents of a rank, got {self.rule.k}: use fewer ranks")
+        if self.config.precision == "fp8":
+            raise ConfigError("precision fp8 is not sharded on GPUs yet: use bf16")
 
     def _eager(self, z: Tensor, lr: float) -> KernelSeen:
         self._dead = self._dead_set()
@@ -239,7 +277,9 @@ class KernelStep:
         return seen
 
     def _learn(self, z: Tensor, entries: Entries, dead: DeadSet | None, kept: Tensor | None) -> KernelSeen:
-        n, state = len(z), self.state
+        n, state, full = len(z), self.state, None
+        if self.shard.world > 1:
+            entries, full = self._agreed(entries)
         planes = 1 if self.prefixes is None else len(self.prefixes)
         capacity = len(entries.acts)
         pull = self._buffer("pull", z.dtype, planes, n, z.shape[1])
@@ -251,9 +291,15 @@ class KernelStep:
         # who fired which latent does not wait for the decode
         with self.streams.aside():
             order = latent_order(entries.idx, self.n_latents)
+        read = (entries.acts, entries.idx, entries.offsets, state.decoder.high, state.decoder.inverse_norm)
+        sums = None
+        if self.shard.world > 1:
+            sums = self._buffer("sums", torch.float32, *pull.shape)
+            group_sums(*read, sums=sums, prefixes=self.prefixes)
+            self.shard.sum(sums)
         decode_error(
-            entries.acts, entries.idx, entries.offsets, state.decoder.high, state.decoder.inverse_norm, z, state.b_dec,
-            2 / n, pull=pull, token=token, d_acts=d_acts, squares=squares, whole=whole, prefixes=self.prefixes,
+            *read, z, state.b_dec, 2 / n, pull=pull, token=token, d_acts=d_acts, squares=squares, whole=whole,
+            prefixes=self.prefixes, sums=sums,
         )  # fmt: skip
         self.streams.join()
         lists = packed_lists(
@@ -263,9 +309,9 @@ class KernelStep:
         aux_enc = aux_dec = left = None
         if dead is not None and kept is not None:
             error = pull[-1] if planes == 1 else pull[-1] * planes
-            aux_enc, aux_dec, left = AuxKept(dead, kept).gradients(error, z, state.decoder)
+            aux_enc, aux_dec, left = AuxKept(dead, kept, self.shard).gradients(error, z, state.decoder)
         self._update(z, pull, lists, aux_enc, aux_dec)
-        return KernelSeen(self, self.rule, z, whole, entries, left)
+        return KernelSeen(self, self.rule, z, whole, entries, left, full)
 
     def _update(
         self, z: Tensor, pull: Tensor, lists: PackedLists, aux_enc: AuxGrads | None, aux_dec: AuxGrads | None
@@ -288,6 +334,8 @@ class KernelStep:
             row_update(self._encoder, lists, z, self.scalars, norms=enc, **encoder)
             row_update(state.decoder, lists, pull, self.scalars, norms=dec, **decoder)
             bias_update(*moments, columns, self.scalars, scale=scale, norms=b)
+            if self.shard.world > 1:
+                norms = torch.cat([self.shard.sum(norms[: 2 * size].sum(dim=0, keepdim=True)), b])
             clip_factor(self.scalars, norms, self.clip)
             bias_update(*moments, columns, self.scalars, scale=scale)
         row_update(self._encoder, lists, z, self.scalars, **encoder)
@@ -339,7 +387,8 @@ class KernelStep:
             here, peaks = pre[: part.stop - at], maxima[: part.stop - at]
             self._encode(z, part, here, peaks)
             if isinstance(rule, BatchTopK):
-                entries = batch_topk(here, peaks, self.n_latents, rule.k)
+                ranks = {} if self.shard.world == 1 else {"total": self.shard.sum, "before": self.shard.before}
+                entries = batch_topk(here, peaks, self.n_latents, rule.k, **ranks)
             elif isinstance(rule, JumpReLU):
                 # by the largest k so far: while it falls, L0 lags behind
                 entries = entries or new_entries(n, int(self.config.spare * self.most_k * n), self.n_latents, z.device)
@@ -349,6 +398,8 @@ class KernelStep:
                 picked.append(self._topk(z[part], here, peaks))
             if dead is not None and kept is not None and at < n_aux:
                 keep(here[: n_aux - at], dead, self.n_latents, self.k_aux, kept[part])
+        if kept is not None:
+            agree(kept, self.k_aux, self.shard)
         return entries or self._even(picked), kept
 
     def _encode(self, z: Tensor, part: slice, pre: Tensor, maxima: Tensor) -> None:
@@ -371,11 +422,24 @@ class KernelStep:
         return rescore(candidates, z, self.state.encoder.high, self.state.latents.b, k)
 
     def _even(self, picked: list[tuple[Tensor, Tensor]]) -> Entries:
-        """As CSR, k entries a token."""
+        """As CSR, k entries a token, on all ranks together."""
         acts, idx = picked[0] if len(picked) == 1 else (torch.cat(parts) for parts in zip(*picked, strict=True))
+        if self.shard.world > 1:
+            return winners(self.shard.gather(acts), idx, self.shard.rank, self.n_latents)
         n, k = acts.shape
         offsets = torch.arange(0, (n + 1) * k, k, dtype=torch.int32, device=acts.device)
         return Entries(acts.flatten(), idx.flatten(), offsets)
+
+    def _agreed(self, entries: Entries) -> tuple[Entries, Tensor | None]:
+        """With what fires on all ranks; and of how many ranks not everything has found room."""
+        if isinstance(self.rule, TopK):
+            return entries, None  # with which it came
+        if isinstance(self.rule, BatchTopK):
+            return replace(entries, active=self.shard.sum(entries.offsets[-1:].clone())), None
+        assert entries.active is not None, "JumpReLU counts active latents"
+        is_full = (entries.offsets[-1:] == len(entries.acts)).int()
+        counts = self.shard.sum(torch.cat([entries.active, is_full]))
+        return replace(entries, active=counts[:-1]), counts[-1:]
 
     @property
     def _n_selected(self) -> int:
@@ -394,13 +458,15 @@ class KernelStep:
         if self.auxk_coef == 0 or self.k_aux == 0 or (self.steps - 1) % EVERY:
             return
         self._n_dead = int(self._dead_count.read())
-        self._room = room_for(self._n_dead, self.n_latents)
-        self._dead_count.write(self.dead.sum().float())
+        # every rank makes as much room as the one with most dead, since they exchange what is in it
+        self._room = room_for(self._n_dead, -(-self.n_all // self.shard.world), self.shard.world)
+        self._dead_count.write(self.shard.max(self.dead.sum().float()))
 
     def _dead_set(self) -> DeadSet | None:
         if self._room == 0:
             return None
-        return dead_set(self.silent, self.dead_after, self._room, self.steps if self._crowded else 0)
+        found = dead_set(self.silent, self.dead_after, self._room, self.steps if self._crowded else 0)
+        return found if self.shard.world == 1 else replace(found, n_dead=self.shard.sum(found.n_dead.clone()))
 
     @property
     def _crowded(self) -> bool:
@@ -437,7 +503,9 @@ class KernelStep:
 
     def _replays(self, n: int) -> bool:
         """The step is a graph; not before its kernels have been compiled, nor while dead latents take turns."""
-        if self.device.type != "cuda" or not self._small(n) or self._crowded or self._recall_is_due:
+        if self.device.type != "cuda" or self.shard.world > 1 or not self._small(n):
+            return False
+        if self._crowded or self._recall_is_due:
             return False
         key = n, self._room
         self._warm[key] = self._warm.get(key, 0) + 1

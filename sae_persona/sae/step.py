@@ -18,6 +18,9 @@ Multi-TopK has two reconstructions in place of prefixes, of the k and of the 4 k
 JumpReLU (2407.14435) trains its thresholds too, by straight-through estimates; `JumpReLU` in `sparsity.py` has the
 formulas. Afterwards decoder gradients lose their part along the rows, which keep norm 1; all gradients together are
 clipped to a norm, where one is given; Adam takes the step.
+
+Where the dictionary is shared by ranks (`shard.py`) the sums over latents are taken over all of them, each on its own
+before the ranks' are added up, and so are the norm of all gradients, the count of what fires and that of the dead.
 """
 
 import math
@@ -25,8 +28,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
-
-from sae_persona.types import State
 
 
 class Weights(NamedTuple):
@@ -82,22 +83,14 @@ class Step(Protocol):
         """Steps that changed nothing, since their loss was not finite."""
         ...
 
-    def snapshot(self) -> State:
-        """All that the next step depends on; a copy of nothing."""
-        ...
-
-    def restore(self, state: State) -> None:
-        """Go on as the step whose `snapshot` it was, of the same shape and settings, to the bit."""
-        ...
-
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step saw. Measures are computed when they are asked for, since few steps are looked at.
+    """What a step saw, on all ranks. Measures are computed when they are asked for, since few steps are looked at.
 
     x         [n, d_in]          centred and scaled
     d_error   [n, d_in]          (reconstruction - x) * 2 / n, of the whole dictionary; with multi-TopK of the k largest
-    acts      as SparseLatents   0 where a latent does not fire
+    fires     []                 latents that fire, over all tokens
     auxk      []                 the weighted AuxK loss
     sparsity  []                 the weighted sparsity loss; None for a rule that has none
     nested    []                 squared error a token, as the prefixes or multi-TopK weigh it; None: of one alone
@@ -105,7 +98,7 @@ class Seen:
 
     x: Tensor
     d_error: Tensor
-    acts: Tensor
+    fires: Tensor
     auxk: Tensor
     sparsity: Tensor | None = None
     nested: Tensor | None = None
@@ -118,9 +111,8 @@ class Seen:
         n = len(self.x)
         squares = self.d_error.square().sum().item() * n * n / 4
         variance = (self.x - self.x.mean(dim=0)).square().sum().item()
-        fires = (self.acts > 0).sum().item()
         shares = {"auxk": self.auxk.item()}
         if self.sparsity is not None:
             shares["sparsity"] = self.sparsity.item()
         main = squares / n if self.nested is None else self.nested.item()
-        return {"loss": main + sum(shares.values()), **shares, "fvu": squares / variance, "l0": fires / n}
+        return {"loss": main + sum(shares.values()), **shares, "fvu": squares / variance, "l0": self.fires.item() / n}

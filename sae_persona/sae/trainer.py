@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Self
+from typing import TYPE_CHECKING, Self, Union
 
 import torch
 from torch import Tensor
@@ -14,10 +14,15 @@ from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.model import SAE
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.recipe import TrainConfig, training_rule
+from sae_persona.sae.shard_state import Kept, kept, put
 from sae_persona.sae.sparsity import ReLU, Rule, Threshold, TopK, calibrate
-from sae_persona.sae.step import Measured, Step, Weights
+from sae_persona.sae.step import Measured, Weights
 from sae_persona.types import State
 
+if TYPE_CHECKING:  # CPU users need no Triton
+    from sae_persona.sae.kernel_step import KernelStep
+
+AnyStep = Union[PlainStep, "KernelStep"]
 TAIL = 8  # batches that the last threshold is calibrated on
 
 
@@ -32,7 +37,7 @@ class Trainer:
     rates mean the same on every model; both are folded away at the end.
     """
 
-    def __init__(self, config: TrainConfig, step: Step, mean: Tensor, scale: float, total: int | None) -> None:
+    def __init__(self, config: TrainConfig, step: "AnyStep", mean: Tensor, scale: float, total: int | None) -> None:
         self.config, self.step, self.total = config, step, total
         self.mean, self.scale = mean, scale
         self.steps = self.tokens = 0
@@ -123,7 +128,7 @@ class Trainer:
             {"mean": self.mean, **{f"tail.{i}": x for i, x in enumerate(self.tail)}},
             {"scale": self.scale, "steps": self.steps, "tokens": self.tokens, "n_tail": len(self.tail)},
         )
-        return own.joined(self.step.snapshot().under("step."))
+        return own.joined(kept(self.step).state().under("step."))
 
     @classmethod
     def resumed(
@@ -139,7 +144,7 @@ class Trainer:
         rows = torch.zeros(config.n_latents, len(mean))
         threshold = torch.zeros(config.n_latents, device=device) if config.rule == "jumprelu" else None
         step = _step(config, rows, mean, scale, kernels, threshold=threshold)
-        step.restore(state.of("step."))
+        put(step, [Kept.of(state.of("step."))])
         trainer = cls(config, step, mean, scale, total)
         trainer.steps, trainer.tokens = state.numbers["steps"], state.numbers["tokens"]
         trainer.tail.extend(state.tensors[f"tail.{i}"].to(device) for i in range(state.numbers["n_tail"]))
@@ -167,7 +172,7 @@ def _step(
     *,
     threshold: Tensor | None = None,
     rms: Tensor | None = None,
-) -> Step:
+) -> "AnyStep":
     """The step from rows [n_latents, d_in] for both matrices, on the device of ``mean``."""
     settings = {
         "threshold": threshold,

@@ -16,6 +16,8 @@ from sae_persona.sae.kernel_plan import KernelConfig, plan_step
 from sae_persona.sae.kernel_state import KernelState, outliers_first
 from sae_persona.sae.kernel_step import KernelStep
 from sae_persona.sae.plain_step import PlainStep
+from sae_persona.sae.shard_state import Kept, put
+from sae_persona.sae.shard_state import kept as kept_of
 from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK
 from sae_persona.sae.step import Weights
 from sae_persona.types import State
@@ -144,9 +146,9 @@ def kept(step) -> dict[str, Tensor]:
 
 def resumed(step, fresh):
     """``fresh`` after what went through a file: tensors on the CPU, numbers as JSON."""
-    state = step.snapshot()
+    state = kept_of(step).state()
     tensors = {name: x.cpu().clone() for name, x in state.tensors.items()}
-    fresh.restore(State(tensors, json.loads(json.dumps(state.numbers))))
+    put(fresh, [Kept.of(State(tensors, json.loads(json.dumps(dict(state.numbers)))))])
     return fresh
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from sae_kernels import reference
-from sae_kernels.auxk import MAX_DEAD, keep_auxk, row_dots, scaled_rows
+from sae_kernels.auxk import MAX_DEAD, keep_auxk, prune_auxk, row_dots, scaled_rows
 
 gpu = pytest.mark.gpu
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -32,6 +32,46 @@ def test_keeps_what_reference_keeps(shape, device, poison):
 def test_keeps_of_many_what_reference_keeps(shape, dtype, device, poison):
     args = inputs(*shape, device, dtype)
     assert torch.equal(keep_auxk(**args), reference.keep_auxk(**args))
+
+
+def of_ranks(ranks, n, m, device, dtype=FP32):
+    """What ranks keep, with zeros and ties."""
+    g = torch.Generator().manual_seed(0)
+    return (4 * torch.randn(ranks, n, m, generator=g)).round().relu().div(4).to(device, dtype)
+
+
+@pytest.mark.parametrize(("ranks", "n", "m", "k_aux"), [(2, 3, 1, 1), (2, 3, 20, 7), (3, 2, 11, 9), (2, 2, 5, 30)])
+def test_leaves_of_all_ranks_what_reference_leaves(ranks, n, m, k_aux, device):
+    everyone, total = of_ranks(ranks, n, m, device), 0
+    for rank in range(ranks):
+        got, wanted = torch.full((2, n, m), torch.nan, device=device)
+        prune_auxk(everyone, k_aux, rank, kept=got)
+        reference.prune_auxk(everyone, k_aux, rank, kept=wanted)
+        assert torch.equal(got, wanted)
+        total += (got > 0).sum(dim=1)
+    assert torch.equal(total, (everyone > 0).sum(dim=(0, 2)).clamp(max=k_aux))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_leaves_of_many_what_reference_leaves(dtype, device):
+    everyone = of_ranks(2, 64, MAX_DEAD // 2, device, dtype)
+    got, wanted = torch.empty_like(everyone)
+    prune_auxk(everyone, 1152, 1, kept=got)
+    reference.prune_auxk(everyone, 1152, 1, kept=wanted)
+    assert torch.equal(got, wanted)
+
+
+def test_prune_refuses_what_the_contract_excludes(device):
+    everyone = of_ranks(2, 3, 5, device)
+    for kept in (everyone[0, :, :4], everyone[0].double()):
+        with pytest.raises(
+            ValueError, match=r"kept must be torch.float32 \[3, 5\], of at most 32768 on all ranks, got"
+        ):
+            prune_auxk(everyone, 2, 0, kept=kept)
+    wide = torch.zeros(2, 1, MAX_DEAD // 2 + 1, device=device)
+    with pytest.raises(ValueError, match=r"of at most 32768 on all ranks, got torch.float32 \[1, 16385\] on each of 2"):
+        prune_auxk(wide, 2, 0, kept=wide[0])
 
 
 def test_fills_what_it_is_given(device):

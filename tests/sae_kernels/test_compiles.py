@@ -18,6 +18,7 @@ SHARED = 232448  # bytes that a block may have on sm_90
 N, K = 256, 32
 SHAPES = {"odd": (80, 1003, 3), "realistic": (768, 65536, 64)}  # d, n_latents, and k of select and rescore
 TIGHT = ("_encode_kernel", "_select_kernel", "_row_update_kernel", "_decode_error_kernel", "_rescore_kernel")
+TIGHT += ("_group_sums_kernel", "_winners_kernel")
 
 
 def compiled() -> list[dict]:
@@ -82,10 +83,10 @@ def _report_each_kernel() -> None:
 
 
 def _call_all(d: int, n_latents: int, k: int) -> None:
-    from sae_kernels.auxk import keep_auxk, row_dots, scaled_rows
+    from sae_kernels.auxk import keep_auxk, prune_auxk, row_dots, scaled_rows
     from sae_kernels.bias_update import bias_update, column_sums
     from sae_kernels.compact import batch_topk, jump, new_entries
-    from sae_kernels.decode_error import columns_for, decode_error
+    from sae_kernels.decode_error import columns_for, decode_error, group_sums
     from sae_kernels.encode import chunk_for, encode
     from sae_kernels.packed_lists import packed_lists
     from sae_kernels.prepare import prepare
@@ -94,6 +95,7 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     from sae_kernels.scalars import begin, clip_factor, conclude, new_scalars
     from sae_kernels.select import select
     from sae_kernels.values import BETAS, AuxGrads, Latents, Rows
+    from sae_kernels.winners import winners
 
     bf16, fp8, int32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
 
@@ -126,6 +128,10 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
         pull = room(1 if planes is None else 5, N, d, dtype=bf16)
         args = (room(entries), idx, offsets, w, of_latents, z, room(d), 0.1)
         decode_error(*args, **parts, pull=pull, prefixes=planes)
+        sums = room(*pull.shape)
+        group_sums(*args[:5], sums=sums, prefixes=planes)
+        decode_error(*args, **parts, pull=pull, prefixes=planes, sums=sums)
+    winners(room(2, N, k), room(N, k, dtype=int32), 1, n_latents)
     lists = packed_lists(idx, token, room(entries), parts["d_acts"], n_latents, near=room(entries))
 
     scalars = new_scalars("cpu")
@@ -156,7 +162,8 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     row_update(plain, lists, pull, scalars, sums=sums, prefixes=prefixes, aux=aux, norms=norms)
 
     dead = room(min(4096, n_latents // 8 * 8), dtype=int32)
-    keep_auxk(pre, dead, n_latents, d // 2)
+    kept = keep_auxk(pre, dead, n_latents, d // 2)
+    prune_auxk(room(2, *kept.shape, dtype=bf16), d // 2, 1, kept=kept)
     rows = scaled_rows(w, of_latents, dead)
     row_dots(rows, rows)
 

@@ -1,7 +1,9 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from sae_kernels import reference
-from sae_kernels.decode_error import columns_for, decode_error
+from sae_kernels.decode_error import columns_for, decode_error, group_sums
 
 gpu = pytest.mark.gpu
 SHAPES = [(1, 1, 1, 16), (4, 3, 20, 48), (2, 9, 70, 272)]  # n, k on average, n_latents, d
@@ -66,6 +68,65 @@ def test_bf16_matches_reference(shape, prefixes, device, poison, agrees):
     agrees(run, decode_error, reference.decode_error, args, torch.bfloat16)
 
 
+def of_two_ranks(args):
+    """The arguments of each of two ranks: its latents, the entries that are theirs, its prefixes."""
+    n_latents, offsets = len(args["w_dec"]), args["offsets"].tolist()
+    half, ranks = n_latents // 2, []
+    for first, stop in ((0, half), (half, n_latents)):
+        own = (first <= args["idx"]) & (args["idx"] < stop)
+        counts = [int(own[a:b].sum()) for a, b in pairwise(offsets)]
+        prefixes = None if args["prefixes"] is None else (args["prefixes"] - first).clamp(min=0)
+        rank = {"acts": args["acts"][own], "idx": args["idx"][own] - first, "prefixes": prefixes}
+        rank["offsets"] = torch.tensor([0, *counts], device=own.device).cumsum(0).int()
+        ranks.append(args | rank | {name: args[name][first:stop] for name in ("w_dec", "inverse_norm")})
+    return ranks
+
+
+def run_sums(op, args, dtype, **settings):
+    n, d, planes = len(args["offsets"]) - 1, args["w_dec"].shape[1], 1
+    if args["prefixes"] is not None:
+        planes = len(args["prefixes"])
+    wide = torch.promote_types(dtype, torch.float32)
+    sums = torch.full((planes, n, d), torch.nan, dtype=wide, device=args["x"].device)
+    given = {name: args[name] for name in ("acts", "idx", "offsets", "w_dec", "inverse_norm", "prefixes")}
+    op(**given, sums=sums, **settings)
+    return {"sums": sums}
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_match_reference(shape, prefixes, device, poison, agrees):
+    args = inputs(*shape, device, prefixes=prefixes)
+    agrees(run_sums, group_sums, reference.group_sums, args, torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES.keys())
+def test_bf16_sums_match_reference(prefixes, device, poison, agrees):
+    args = inputs(*LARGE[0], device, torch.bfloat16, prefixes)
+    agrees(run_sums, group_sums, reference.group_sums, args, torch.bfloat16)
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES.keys())
+def test_what_two_ranks_rebuild_is_what_one_does(prefixes, device, poison, agrees):
+    args = inputs(*SHAPES[1], device, prefixes=prefixes)
+    ranks = of_two_ranks(args)
+    sums = sum(run_sums(group_sums, rank, torch.float32)["sums"] for rank in ranks)
+    whole, seen = run(decode_error, args, torch.float32), []
+    for rank in ranks:
+        agrees(run, decode_error, reference.decode_error, rank | {"sums": sums}, torch.float32)
+        seen.append(run(decode_error, rank | {"sums": sums}, torch.float32))
+        for name in ("pull", "squares", "whole"):
+            torch.testing.assert_close(seen[-1][name], whole[name])
+            assert torch.equal(seen[-1][name], seen[0][name])
+    for name in ("d_acts", "token"):
+        first, second = ((one[name], rank["offsets"].tolist()) for one, rank in zip(seen, ranks, strict=True))
+        offsets = args["offsets"].tolist()
+        for i, (start, stop) in enumerate(pairwise(offsets)):
+            parts = [x[at[i] : at[i + 1]] for x, at in (first, second)]
+            torch.testing.assert_close(torch.cat(parts), whole[name][start:stop])
+
+
 def test_blocks_of_columns_make_no_difference(device, poison):
     args = inputs(2, 3, 20, 80, device, prefixes=[0.4])
     whole, parts = run(decode_error, args, torch.float32), run(decode_error, args, torch.float32, columns=32)
@@ -112,6 +173,12 @@ def test_refuses_what_the_contract_excludes(device):
     for name in ("idx", "offsets"):
         with pytest.raises(ValueError, match="idx, offsets and token must be int32"):
             run(decode_error, args | {name: args[name].long()}, torch.float32)
+        with pytest.raises(ValueError, match="idx and offsets must be int32"):
+            run_sums(group_sums, args | {name: args[name].long()}, torch.float32)
+    with pytest.raises(ValueError, match=r"sums must be fp32 \[1, 4, 48\], got torch.float64"):
+        run_sums(group_sums, args, torch.float64)
+    with pytest.raises(ValueError, match=r"sums must be fp32 \[1, 4, 48\] like pull, got"):
+        run(decode_error, args | {"sums": args["x"]}, torch.float32)
     outs = {"pull": torch.empty(1, 4, 48, device=device), "token": torch.empty_like(args["idx"])}
     good = {"d_acts": args["acts"][None], "squares": args["acts"][None, :4], "whole": args["acts"][None, :4]}
     for bad in (
