@@ -108,8 +108,7 @@ def as_kernels(plain: PlainStep, config: dict, **settings):
     from sae_persona.sae.kernel_step import KernelStep
 
     kernel_auxk.ROOM = 16
-    ends = [stop for _, stop in plain.groups]
-    settings = {"prefixes": (7, 20, N_LATENTS) if len(ends) > 1 else (), "k_aux": plain.k_aux} | settings
+    settings = {"prefixes": () if plain.prefixes is None else (7, 20, N_LATENTS), "k_aux": plain.k_aux} | settings
     step = KernelStep(
         plain.weights, plain.rule, config=KernelConfig(**({"precision": "fp32", "auxk_tokens": 1.0} | config)),
         threshold=plain.threshold, auxk_coef=plain.auxk_coef, dead_after=DEAD_AFTER, clip=plain.clip,
