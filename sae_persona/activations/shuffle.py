@@ -79,6 +79,11 @@ class Shuffle:
         self._served = True
         return {name: self._pick(x, rows) for name, x in self._buffer.items()}
 
+    def begin(self, place: Place) -> Self:
+        """Begin with the chunks from a place on; self."""
+        self._chunks, self._chunk = self._source(place), Chunk(place, place, {})
+        return self
+
     def snapshot(self) -> State:
         """The place after the last batch, with what the buffer holds; a copy of nothing."""
         tensors = {f"buffer.{name}": x[: self._n] for name, x in self._buffer.items()}

@@ -128,14 +128,16 @@ class FromStore:
     """Rows of activations out of a store, as a `Stream` takes them, in the order in which the model gave them.
 
     hooks      those wanted; DataError for one that the store does not have
+    share      (rank, world): take every so manieth shard, where several processes read
     skip_bad   go without shards that cannot be read; otherwise FormatError names them
 
     DataError for a store that is not complete, if ``skip_bad`` does not say that this is known.
     """
 
     def __init__(
-        self, store: Store, hooks: Sequence[HookPoint], *, device: torch.device, n_ahead: int, skip_bad: bool = False
-    ) -> None:
+        self, store: Store, hooks: Sequence[HookPoint], *, device: torch.device, n_ahead: int,
+        share: tuple[int, int] = (0, 1), skip_bad: bool = False,
+    ) -> None:  # fmt: skip
         if absent := [str(hook) for hook in hooks if hook not in store.hooks]:
             has = ", ".join(map(str, store.hooks))
             raise DataError(f"{store.path} has no activations at {', '.join(absent)}: it has {has}")
@@ -145,11 +147,16 @@ class FromStore:
             )
         self.store, self.hooks, self.device, self.n_ahead = store, tuple(hooks), device, n_ahead
         self.d_in = store.d_in
+        self._shards = store.shards[share[0] :: share[1]]
         self._bad: set[str] = set()
         if skip_bad:
-            self._bad = {shard.name for shard in store.shards if store.wrong(shard)}
+            self._bad = {shard.name for shard in self._shards if store.wrong(shard)}
         else:
             store.check()
+        if not any(shard.name not in self._bad for shard in self._shards):
+            raise DataError(
+                f"{store.path} has {len(store.shards)} shards, none of them for process {share[0]}: use fewer"
+            )
 
     @property
     def skipped(self) -> list[str]:
@@ -157,7 +164,7 @@ class FromStore:
         return sorted(self._bad)
 
     def n_rows(self) -> int:
-        return sum(shard.rows for shard in self.store.shards if shard.name not in self._bad)
+        return sum(shard.rows for shard in self._shards if shard.name not in self._bad)
 
     def chunks(self, start: Place) -> Iterator[Chunk]:
         """The text of a place is a shard, its piece a block of rows in it."""
@@ -166,7 +173,7 @@ class FromStore:
             yield chunk._replace(rows=rows)
 
     def _blocks(self, start: Place) -> Iterator[Chunk]:
-        for number, shard in enumerate(self.store.shards):
+        for number, shard in enumerate(self._shards):
             if number < start.text or shard.name in self._bad:
                 continue
             for piece, rows in enumerate(self.store.rows(shard, self.hooks)):

@@ -98,6 +98,16 @@ class Stream:
         """An iterator that goes on where another was when it gave this `snapshot`."""
         return iter(self).restore(state)
 
+    def join(self, states: Sequence[State], rank: int, world: int) -> Shuffle:
+        """An iterator of one of ``world`` ranks that goes on near where others, of another number, were.
+
+        Each had every so manieth text. It begins with the earliest text that one of them was at; buffers are lost.
+        """
+        places = [Place(*state.numbers["place"]) for state in states]
+        earliest = min((place.round, place.text * len(states) + r) for r, place in enumerate(places))
+        first = max(0, -(-(earliest[1] - rank) // world))
+        return iter(self).begin(Place(earliest[0], first))
+
     def at(self, hook: HookPoint) -> "OneHook":
         """The batches of one hook point, as tensors."""
         return OneHook(self, str(hook))
@@ -137,6 +147,9 @@ class OneHook:
 
     def resume(self, state: State) -> "_One":
         return _One(self.stream.resume(state), self.key)
+
+    def join(self, states: Sequence[State], rank: int, world: int) -> "_One":
+        return _One(self.stream.join(states, rank, world), self.key)
 
     def n_batches(self) -> int:
         return self.stream.n_batches()

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ class Texts:
 
     source: Path | Iterable[Any]
     field: str
+    first: int = 0
+    every: int = 1
 
     def __iter__(self) -> Iterator[str | Dialogue]:
-        for where, row in _rows(self.source):
+        for where, row in islice(_rows(self.source), self.first, None, self.every):
             yield _text(row, where, self.field)
+
+    def share(self, rank: int, world: int) -> "Texts":
+        """Every ``world``-th text, from the ``rank``-th on: what one of several processes reads."""
+        return replace(self, first=self.first + rank * self.every, every=self.every * world)
 
 
 def read_texts(source: str | Path | Iterable[Any] | Texts, *, field: str = "text") -> Texts:

@@ -1,9 +1,10 @@
 """Checkpoints: all that training needs to go on to the bit, in one folder that is written whole or not at all.
 
-    FOLDER/step-000001200/checkpoint.json           format, facts of the run, numbers of each part
-    FOLDER/step-000001200/PART.safetensors          tensors of each part: the feed, and each SAE in training
+    FOLDER/step-000001200/rank-0-of-1/checkpoint.json      format, facts of the run, numbers of each part
+    FOLDER/step-000001200/rank-0-of-1/PART.safetensors     tensors of each part: the feed, and each SAE in training
 
-A new one is in place before the old one goes, so a full disk or a kill at any moment leaves a good one.
+Each of several ranks writes its own. It counts when all are there. A new one is in place before the old one goes, so a
+full disk or a kill at any moment leaves a good one.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from sae_persona.errors import FormatError, RunError
 from sae_persona.runs import read_json, write_whole
+from sae_persona.sae.shard import ALONE, Shard
 from sae_persona.types import State
 
 FORMAT = 1
@@ -43,10 +45,11 @@ class Checkpoints:
     folder    holds them; the last one is kept
     minutes   between two of them; 0: after every step
     facts     JSON values that must be the same where training goes on: configs, hashes of model and texts
+    shard     this rank, where several train together
     """
 
-    def __init__(self, folder: Path, *, minutes: float, facts: Mapping[str, Any]) -> None:
-        self.folder, self.minutes = folder, minutes
+    def __init__(self, folder: Path, *, minutes: float, facts: Mapping[str, Any], shard: Shard = ALONE) -> None:
+        self.folder, self.minutes, self.shard = folder, minutes, shard
         self.facts = json.loads(json.dumps(facts))  # as a file gives them back
         self._written = time.monotonic()
 
@@ -57,7 +60,8 @@ class Checkpoints:
 
     def save(self, step: int, parts: Mapping[str, State]) -> Path:
         """Write one, then remove those before it. RunError if the disk refuses: the one before stays."""
-        path = self.folder / f"step-{step:09}"
+        whole = self.folder / f"step-{step:09}"
+        path = whole / f"rank-{self.shard.rank}-of-{self.shard.world}"
         record = {
             "format": FORMAT,
             "step": step,
@@ -71,22 +75,28 @@ class Checkpoints:
                 save_file(_apart(state.tensors), _tensors(temporary, name))
             (temporary / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
 
-        write_whole(path, write, mark=RECORD)
-        for old in self._all():
-            if old != path:
-                shutil.rmtree(old)
+        try:
+            write_whole(path, write, mark=RECORD)
+        except RunError:
+            if whole.is_dir() and not any(whole.iterdir()):
+                whole.rmdir()
+            raise
+        if self.shard.total(1) == self.shard.world and self.shard.rank == 0:  # when all have written theirs
+            for old in self.folder.glob("step-*"):
+                if old != whole:
+                    shutil.rmtree(old)
         self._written = time.monotonic()
-        return path
+        return whole
 
-    def latest(self) -> dict[str, State] | None:
-        """The parts of the last one; None if there is none.
+    def latest(self) -> list[dict[str, State]] | None:
+        """The parts of the last one, of each rank that there was; None if there is none.
 
         FormatError: of another version, or broken. RunError: made with other facts, which the message names.
         """
-        paths = self._all()
-        if not paths:
-            return None
-        path = paths[-1]
+        complete = [ranks for whole in sorted(self.folder.glob("step-*")) if (ranks := _ranks(whole))]
+        return [self._read(path) for path in complete[-1]] if complete else None
+
+    def _read(self, path: Path) -> dict[str, State]:
         record = read_json(path / RECORD, "checkpoint")
         if record.get("format") != FORMAT:
             raise FormatError(
@@ -104,9 +114,6 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove them all: the run is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if (path / RECORD).is_file())
 
 
 class Signals:
@@ -145,6 +152,18 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = x.clone() if place in seen else x
         seen.add(place)
     return found
+
+
+def _ranks(whole: Path) -> list[Path]:
+    """The folders of all ranks that wrote a checkpoint; none if not all have."""
+    found = [path for path in whole.glob("rank-*-of-*") if (path / RECORD).is_file()]
+    by_world: dict[int, list[Path]] = {}
+    for path in found:
+        by_world.setdefault(int(path.name.split("-")[3]), []).append(path)
+    for world, paths in by_world.items():
+        if len(paths) == world:
+            return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
+    return []
 
 
 def _tensors(folder: Path, part: str) -> Path:

@@ -1,6 +1,6 @@
 """Checked batches for training, one step after another, from a place that can be told and found again."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol, Self, cast, runtime_checkable
 
@@ -19,6 +19,13 @@ class Resumable(Protocol):
     """Batches that can go on from a place: what their iterators call `snapshot`."""
 
     def resume(self, state: State) -> Iterator[Any]: ...
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """Batches of one of several ranks, that can go on where another number of ranks has been."""
+
+    def join(self, states: Sequence[State], rank: int, world: int) -> Iterator[Any]: ...
 
 
 class Feed:
@@ -55,14 +62,36 @@ class Feed:
         self.in_round += 1
         return batch
 
+    def beyond(self, n_tokens: int) -> list[Batch]:
+        """What comes after the last step, in this round, as far as ``n_tokens`` go: activations not trained on."""
+        found: list[Batch] = []
+        while sum(len(next(iter(batch.values()))) for batch in found) < n_tokens:
+            more = next(self._source, None)
+            if more is None:
+                break
+            found.append(self._checked(more))
+        return found
+
     def snapshot(self) -> State:
         """The place after the last batch."""
         numbers = {"served": self.served, "in_round": self.in_round, "device": self.at}
         snapshot = getattr(self._source, "snapshot", None)
         return State({}, numbers) if snapshot is None else snapshot().under("source.").joined(State({}, numbers))
 
+    def join(self, states: Sequence[State], rank: int, world: int) -> None:
+        """Go on where other ranks, ``states`` one each, have been, as rank ``rank`` of now ``world``.
+
+        Not to the bit: their buffers are left behind, and texts go on from the earliest that any of them had come to.
+        """
+        self.served = states[0].numbers["served"]
+        if isinstance(self.batches, Joinable):
+            self._source = self.batches.join([state.of("source.") for state in states], rank, world)
+            return
+        self._source = iter(self.batches)
+        self.in_round = sum(1 for _ in islice(self._source, states[0].numbers["in_round"]))
+
     def resume(self, state: State) -> None:
-        """Go on at the place of `state`; batches that know no places are gone through up to there."""
+        """Go on at the place of ``state``, to the bit; batches that know no places are gone through up to there."""
         self.served, self.in_round = state.numbers["served"], state.numbers["in_round"]
         if isinstance(self.batches, Resumable):
             self._source = self.batches.resume(state.of("source."))

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from sae_persona.errors import ConfigError
-from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule
+from sae_persona.sae.sparsity import BatchTopK, JumpReLU, TopK, TrainingRule, k_at
 
 RuleName = Literal["batch_topk", "topk", "jumprelu"]
 
@@ -16,12 +16,21 @@ class TrainConfig:
     """How to train an SAE. ConfigError if a value is out of its range."""
 
     n_latents: int = 4096
-    """Width of the dictionary."""
+    """Width of the dictionary. A choice for small models; sparsify takes 32 times the model's width."""
     k: int = 32
-    """Latents kept per token: with batch_topk on average, with jumprelu as the mean that is aimed at."""
+    """Latents kept per token: with batch_topk on average, with jumprelu as the mean that is aimed at. 32 as in
+    sparsify."""
     rule: RuleName = "batch_topk"
     """Who shares the k: the tokens of a batch (batch_topk), nobody (topk), or all tokens, with a trained threshold for
-    each latent (jumprelu). batch_topk becomes a threshold at the end."""
+    each latent (jumprelu). batch_topk becomes a threshold at the end. 2412.06410, 2406.04093, 2407.14435."""
+    k_start: int | None = None
+    """k of the first step, from which it falls to ``k``. None: it is ``k`` throughout, as in dictionary_learning, whose
+    annealing this is."""
+    k_anneal: float = 0.2
+    """Share of the steps over which k falls, along a line. Without effect while the number is not known."""
+    multi_topk: bool = False
+    """topk: train the 4 k largest latents of a token to rebuild it, too, with an eighth of the weight; keeps the error
+    falling where more latents are used than trained for. 2406.04093 5.3; off, as in sparsify. In plain torch only."""
     prefixes: tuple[int, ...] = ()
     """Rising sizes of nested dictionaries, each of which has to rebuild the activations alone; the last is n_latents.
     None given: only the whole. Matryoshka, 2503.17547."""
@@ -30,17 +39,20 @@ class TrainConfig:
     lr: float | None = None
     """Highest learning rate of Adam. None: 2e-4 * sqrt(2**14 / n_latents), after 2406.04093."""
     warmup: int = 50
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. A choice for runs of some hundred steps; dictionary_learning and
+    sparsify take 1000."""
     decay: float = 0.3
-    """Share of the steps, at the end, over which it falls to 0. Without effect while the number is not known."""
+    """Share of the steps, at the end, over which it falls to 0. A choice; Anthropic's April 2024 update takes 0.2.
+    Without effect while the number is not known."""
     k_aux: int | None = None
-    """Dead latents per token in the AuxK loss. None: d_in // 2. 0: no AuxK."""
+    """Dead latents per token in the AuxK loss. None: d_in // 2, after 2406.04093. 0: no AuxK."""
     auxk_coef: float = 1 / 32
-    """Weight of the AuxK loss."""
+    """Weight of the AuxK loss: 2406.04093 A.2."""
     dead_after: int = 100_000
-    """Tokens without firing after which a latent is dead."""
+    """Tokens without firing after which a latent is dead. A choice for runs of a few million tokens; where there are
+    billions peers take 10M."""
     clip: float | None = None
-    """Norm that all gradients of a step together are cut to. None: they are not."""
+    """Norm that all gradients of a step together are cut to. None: they are not. dictionary_learning takes 1."""
     bandwidth: float = 0.5
     """jumprelu: width of the window around a threshold in which pre-activations train it, in units of activations
     scaled to norm sqrt(d_in). Measured: FVU as batch_topk's or lower from 0.2 to 2; with 0.05, up to 1.15 times that
@@ -48,6 +60,9 @@ class TrainConfig:
     sparsity_coef: float = 1.0
     """jumprelu: weight of the loss (L0 / k - 1)^2, as a multiple of the activations' variance; 1 as in
     dictionary_learning. Measured: with 0.3 L0 ends 3 to 14 % above k, with 1 up to 7 %, with 3 up to 5 %."""
+    calibration_tokens: int = 16_384
+    """batch_topk: activations after the last step that set the threshold; if there are fewer, the last ones of training
+    stand in. Measured: 8,192 leave L0 elsewhere within 0.7 % of k, 2,048 within 1.9 % (calibration.py)."""
     seed: int = 0
     """Of the first weights."""
     log_every: int = 10
@@ -62,7 +77,22 @@ class TrainConfig:
             raise ConfigError(f"prefixes must rise from 1 or more to n_latents = {self.n_latents}, got {self.prefixes}")
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay is a share between 0 and 1, got {self.decay}")
-        for name, least in (("steps", 1), ("dead_after", 1), ("log_every", 1), ("warmup", 0), ("k_aux", 0)):
+        if self.k_start is not None and not 1 <= self.k_start <= self.n_latents:
+            raise ConfigError(f"k_start must be between 1 and n_latents = {self.n_latents}, got {self.k_start}")
+        if not 0 <= self.k_anneal <= 1:
+            raise ConfigError(f"k_anneal is a share between 0 and 1, got {self.k_anneal}")
+        if self.multi_topk and (self.rule != "topk" or self.prefixes):
+            raise ConfigError(
+                f"multi_topk is for rule topk without prefixes, got rule {self.rule}: leave one of them out"
+            )
+        for name, least in (
+            ("calibration_tokens", 1),
+            ("steps", 1),
+            ("dead_after", 1),
+            ("log_every", 1),
+            ("warmup", 0),
+            ("k_aux", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
@@ -77,6 +107,10 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """``lr``, or what it stands for."""
         return 2e-4 * math.sqrt(2**14 / self.n_latents) if self.lr is None else self.lr
+
+    def k_at(self, step: int, total: int | None) -> int:
+        """k of a step, counted from 0, of ``total`` (None: not known, so ``k``)."""
+        return k_at(step, total, self.k, self.k if self.k_start is None else self.k_start, self.k_anneal)
 
     def lr_at(self, step: int, total: int | None) -> float:
         """Learning rate of a step, counted from 0, of ``total`` (None: not known, so no decay)."""

@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from signal import Signals as Signal
@@ -21,10 +21,12 @@ from sae_persona.sae.feed import ONLY, Batch, Feed
 from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig
 from sae_persona.sae.model import SAE
 from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.shard import ALONE, Shard
 from sae_persona.sae.trainer import NotFinite, Trainer
 from sae_persona.types import State
 
 HEAD = 8  # batches that give the mean, the scale and the first thresholds
+AGREE_EVERY = 16  # steps after which several ranks agree on whether a checkpoint is due: the host waits for the device
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -99,6 +101,7 @@ def train_many(
     *,
     kernels: KernelConfig | None = DEFAULT_KERNELS,
     device: torch.device | None = None,
+    shard: Shard = ALONE,
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
 ) -> dict[str, SAE]:
@@ -106,21 +109,32 @@ def train_many(
 
     batches   each a dict of tensors [n, d_in] by name (a hook point's, say); tensors, if all jobs read the same
     jobs      by name
+    shard     one of several ranks, each of which calls this with batches of its own, as many and as long as others'. A
+              step is on the batches of all ranks under each other. The SAEs are on the first rank; the others get
+              none, need no ``out`` and are told nothing
     """
     steps = {job.config.steps for job in jobs.values()}
     if len(steps) != 1:
         raise ConfigError(
             f"SAEs that are trained together take the same number of steps, got {sorted(map(str, steps))}"
         )
-    loop = _Loop(Feed(batches, steps.pop(), device), jobs, kernels, checkpoints)
+    loop = _Loop(Feed(batches, steps.pop(), device), jobs, kernels, shard, checkpoints)
+    if shard.rank:
+        jobs = {name: replace(job, out=None, on_step=None) for name, job in jobs.items()}
     with ExitStack() as stack:
         meters = {name: stack.enter_context(_metered(job, loop.done)) for name, job in jobs.items()}
         total = loop.total
         bar = stack.enter_context(
-            tqdm(total=total, initial=loop.done, unit="step", disable=not progress, dynamic_ncols=True)
+            tqdm(
+                total=total,
+                initial=loop.done,
+                unit="step",
+                disable=not progress or shard.rank > 0,
+                dynamic_ncols=True,
+            )
         )
         loop.run(meters, bar)
-    return {name: trainer.finish() for name, trainer in loop.trainers.items()}
+    return loop.finished()
 
 
 class _Loop:
@@ -131,9 +145,10 @@ class _Loop:
         feed: Feed,
         jobs: Mapping[str, Job],
         kernels: KernelConfig | None,
+        shard: Shard,
         checkpoints: Checkpoints | None,
     ) -> None:
-        self.feed, self.jobs, self.checkpoints = feed, jobs, checkpoints
+        self.feed, self.jobs, self.shard, self.checkpoints = feed, jobs, shard, checkpoints
         self.head: list[Batch] = []
         self.total = feed.steps or (len(feed.batches) if isinstance(feed.batches, Sized) else None)
         found = checkpoints.latest() if checkpoints else None
@@ -147,7 +162,7 @@ class _Loop:
     def run(self, meters: Mapping[str, "_Meter"], bar: tqdm) -> None:
         """All steps that are left."""
         with signals_held() if self.checkpoints else ExitStack() as held:
-            for batch in chain(self.head, self.feed):
+            for batch in chain(self.head, map(self._exchanged, self.feed)):
                 for name, trainer in self.trainers.items():
                     with self._kept(name, trainer):
                         trainer.update(batch[self.jobs[name].source])
@@ -160,6 +175,24 @@ class _Loop:
         bar.total = bar.n  # 100 % whatever number of batches came
         bar.refresh()
 
+    def finished(self) -> dict[str, SAE]:
+        """The SAEs, on the first rank."""
+        wanted = [job.config.calibration_tokens for job in self.jobs.values() if job.config.rule == "batch_topk"]
+        beyond = self.feed.beyond(max(wanted, default=0) // self.shard.world)
+        n = -self.shard.most(-len(beyond))  # as many as every rank has
+        beyond = [self._exchanged(batch) for batch in beyond[:n]]
+        found = {
+            name: trainer.finish([batch[self.jobs[name].source] for batch in beyond])
+            for name, trainer in self.trainers.items()
+        }
+        return {name: sae for name, sae in found.items() if sae is not None}
+
+    def _exchanged(self, batch: Batch) -> Batch:
+        """The batches of all ranks under each other."""
+        if self.shard.world == 1:
+            return batch
+        return {name: self.shard.gather(x).flatten(0, 1) for name, x in batch.items()}
+
     @contextmanager
     def _kept(self, name: str, trainer: Trainer) -> Iterator[None]:
         """What is not finite in the block ends training with the SAE of the last good step."""
@@ -171,7 +204,16 @@ class _Loop:
 
     def _checkpoint(self, signal: int | None) -> None:
         # before the first batches are used up, a run that starts again has lost next to nothing
-        if self.checkpoints is None or self.done < len(self.head) or not (signal or self.checkpoints.due):
+        if self.checkpoints is None or self.done < len(self.head):
+            return
+        if self.shard.world > 1:
+            if self.done % AGREE_EVERY:
+                return
+            signal = self.shard.most(signal or 0) or None
+            due = self.shard.most(self.checkpoints.due)
+        else:
+            due = self.checkpoints.due
+        if not (signal or due):
             return
         parts = {"feed": self.feed.snapshot()}
         parts |= {f"sae-{i}": trainer.snapshot() for i, trainer in enumerate(self.trainers.values())}
@@ -180,17 +222,23 @@ class _Loop:
             raise Interrupted(f"{Signal(signal).name} after step {self.done}: its checkpoint is {path}", signal)
 
     def _started(self, kernels: KernelConfig | None) -> dict[str, Trainer]:
-        self.head = list(islice(self.feed, HEAD))
+        self.head = [self._exchanged(batch) for batch in islice(self.feed, HEAD)]
         return {
-            name: Trainer.start(job.config, [batch[job.source] for batch in self.head], self.total, kernels)
+            name: Trainer.start(job.config, [batch[job.source] for batch in self.head], self.total, kernels, self.shard)
             for name, job in self.jobs.items()
         }
 
-    def _resumed(self, parts: Mapping[str, State], kernels: KernelConfig | None) -> dict[str, Trainer]:
-        self.feed.resume(parts["feed"])
-        device = self.feed.device or torch.device(parts["feed"].numbers["device"])
+    def _resumed(self, ranks: Sequence[Mapping[str, State]], kernels: KernelConfig | None) -> dict[str, Trainer]:
+        feeds = [parts["feed"] for parts in ranks]
+        if len(ranks) == self.shard.world:
+            self.feed.resume(feeds[self.shard.rank])
+        else:
+            self.feed.join(feeds, self.shard.rank, self.shard.world)
+        device = self.feed.device or torch.device(feeds[0].numbers["device"])
         return {
-            name: Trainer.resumed(job.config, parts[f"sae-{i}"], self.total, kernels, device)
+            name: Trainer.resumed(
+                job.config, [parts[f"sae-{i}"] for parts in ranks], self.total, kernels, device, self.shard
+            )
             for i, (name, job) in enumerate(self.jobs.items())
         }
 

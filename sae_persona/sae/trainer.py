@@ -14,7 +14,8 @@ from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.model import SAE
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.recipe import TrainConfig, training_rule
-from sae_persona.sae.shard_state import Kept, kept, put
+from sae_persona.sae.shard import ALONE, Shard
+from sae_persona.sae.shard_state import Kept, gathered, kept, put
 from sae_persona.sae.sparsity import ReLU, Rule, Threshold, TopK, calibrate
 from sae_persona.sae.step import Measured, Weights
 from sae_persona.types import State
@@ -39,6 +40,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, step: "AnyStep", mean: Tensor, scale: float, total: int | None) -> None:
         self.config, self.step, self.total = config, step, total
+        self.shard = step.shard
         self.mean, self.scale = mean, scale
         self.steps = self.tokens = 0
         self.lr = 0.0
@@ -47,9 +49,16 @@ class Trainer:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, head: Sequence[Tensor], total: int | None, kernels: KernelConfig | None
+        cls,
+        config: TrainConfig,
+        head: Sequence[Tensor],
+        total: int | None,
+        kernels: KernelConfig | None,
+        shard: Shard = ALONE,
     ) -> Self:
         """Random unit decoder rows, the encoder their transpose, biases 0: 2406.04093 A.1.
+
+        Each rank of ``shard`` sees the same batches and takes its block of the latents.
 
         DataError for first batches that are not finite, or all equal.
         """
@@ -59,16 +68,17 @@ class Trainer:
         threshold, rms = None, None
         if config.rule == "jumprelu":
             w_enc = rows.to(mean.device)
-            level = calibrate(lambda x: (x - mean) * scale @ w_enc.T, head, config.k)
+            level = calibrate(lambda x: (x - mean) * scale @ w_enc.T, head, config.k_at(0, total))
             threshold = torch.full((config.n_latents,), level, device=mean.device)
         if mean.is_cuda and kernels is not None and kernels.precision == "fp8":
             rms = ((torch.cat(list(head)).float() - mean) * scale).square().mean(dim=0).sqrt()
-        step = _step(config, rows, mean, scale, kernels, threshold=threshold, rms=rms)
-        return cls(config, step, mean, scale, total)
+        settings = {"kernels": kernels, "shard": shard, "threshold": threshold, "rms": rms}
+        return cls(config, _step(config, rows, mean, scale, **settings), mean, scale, total)
 
     def update(self, batch: Tensor) -> None:
         """One step on a batch [n, d_in]."""
         self.lr = self.config.lr_at(self.steps, self.total)
+        self.step.set_k(self.config.k_at(self.steps, self.total))
         self.seen = self.step(batch, self.lr)
         self.steps += 1
         self.tokens += len(batch)
@@ -83,8 +93,12 @@ class Trainer:
             raise NotFinite(f"the loss is {values['loss']} at step {self.steps}: {advice}")
         if self.step.flagged:
             raise NotFinite(f"the loss was not finite in {self.step.flagged} of {self.steps} steps: {advice}")
-        values["dead"] = self.step.dead.float().mean().item()
+        values["dead"] = self.n_dead() / self.config.n_latents
         return {"step": self.steps, "tokens": self.tokens, **values, "lr": self.lr}
+
+    def n_dead(self) -> int:
+        """Dead latents of all ranks, each of which has to ask."""
+        return self.shard.total(int(self.step.dead.sum()))
 
     @torch.no_grad()
     def last_good(self, head: Iterable[Tensor] = ()) -> SAE | None:
@@ -94,30 +108,49 @@ class Trainer:
         """
         good = [batch for batch in self.tail or head if batch.isfinite().all()]
         w_enc = self.step.weights.w_enc
-        if not good or not ((good[0] - self.mean) * self.scale @ w_enc.T).isfinite().all():
-            return None
-        return self._folded(good)
+        usable = bool(good) and bool(((good[0] - self.mean) * self.scale @ w_enc.T).isfinite().all())
+        return self._folded(good) if self.shard.total(usable) == self.shard.world else None
 
     @torch.no_grad()
-    def finish(self) -> SAE:
-        """The SAE that was trained, with the rule of inference, calibrated over the last batches."""
-        return self._folded(list(self.tail))
+    def finish(self, beyond: Sequence[Tensor] = ()) -> SAE | None:
+        """The SAE that was trained, with the rule of inference; on the first of several ranks, None on the others.
 
-    def _folded(self, tail: list[Tensor]) -> SAE:
-        config, scale = self.config, self.scale
-        w_enc, b_enc, w_dec, b_dec = self.step.weights
+        beyond   batches that were not trained on, for the threshold of BatchTopK; where they are too few the last
+                 batches of training are added
+        """
+        found, needed = list(beyond), self.config.calibration_tokens
+        for batch in reversed(self.tail):
+            if sum(map(len, found)) >= needed:
+                break
+            found.append(batch)
+        return self._folded(found)
+
+    def _whole(self) -> tuple[Weights, Tensor | None] | None:
+        """The weights and thresholds of all latents, where the activations are; None on all ranks but the first."""
+        if self.shard.world == 1:
+            return self.step.weights, self.step.threshold
+        if (found := gathered(self.step)) is None:
+            return None
+        weights, threshold = found
+        device = self.mean.device
+        return Weights(*(w.to(device) for w in weights)), None if threshold is None else threshold.to(device)
+
+    def _folded(self, tail: list[Tensor]) -> SAE | None:
+        config, scale, dead = self.config, self.scale, self.n_dead()
+        if (whole := self._whole()) is None:
+            return None
+        (w_enc, b_enc, w_dec, b_dec), threshold = whole
         # in fp64: the mean may be far larger than what is left after subtracting it
         b_enc = (b_enc.double() / scale - w_enc.double() @ self.mean.double()).float()
         b_dec = b_dec / scale + self.mean
         rule: Rule = TopK(config.k)
-        if self.step.threshold is not None:
-            rule = Threshold(self.step.threshold / scale)  # as pre-activations: w_enc stays, b_enc is divided
+        if threshold is not None:
+            rule = Threshold(threshold / scale)  # as pre-activations: w_enc stays, b_enc is divided
         elif config.rule == "batch_topk":
             level = calibrate(SAE(w_enc, b_enc, w_dec, b_dec, ReLU()).pre_acts, tail, config.k)
             rule = Threshold(torch.full_like(b_enc, level))
         sae = SAE(w_enc, b_enc, w_dec, b_dec, rule)
         l0 = torch.cat([sae.encode(x).l0() for x in tail]).double().mean().item()
-        dead = int(self.step.dead.sum())
         training = {**asdict(config), "prefixes": list(config.prefixes)}  # as JSON would give them back
         sae.metadata = {"training": training, "n_tokens": self.tokens, "l0": l0, "num_dead_features": dead}
         return sae
@@ -134,17 +167,22 @@ class Trainer:
     def resumed(
         cls,
         config: TrainConfig,
-        state: State,
+        states: Sequence[State],
         total: int | None,
         kernels: KernelConfig | None,
         device: torch.device,
+        shard: Shard = ALONE,
     ) -> Self:
-        """As the trainer whose `snapshot` it was, to the bit."""
+        """As the trainer whose `snapshot` it was, to the bit; of several ranks, ``states`` has one each.
+
+        With another number of ranks than there were, what each latent has learnt is the same.
+        """
+        state = states[min(shard.rank, len(states) - 1)]
         mean, scale = state.tensors["mean"].to(device), state.numbers["scale"]
         rows = torch.zeros(config.n_latents, len(mean))
         threshold = torch.zeros(config.n_latents, device=device) if config.rule == "jumprelu" else None
-        step = _step(config, rows, mean, scale, kernels, threshold=threshold)
-        put(step, [Kept.of(state.of("step."))])
+        step = _step(config, rows, mean, scale, kernels=kernels, shard=shard, threshold=threshold)
+        put(step, [Kept.of(each.of("step.")) for each in states])
         trainer = cls(config, step, mean, scale, total)
         trainer.steps, trainer.tokens = state.numbers["steps"], state.numbers["tokens"]
         trainer.tail.extend(state.tensors[f"tail.{i}"].to(device) for i in range(state.numbers["n_tail"]))
@@ -168,28 +206,32 @@ def _step(
     rows: Tensor,
     mean: Tensor,
     scale: float,
-    kernels: KernelConfig | None,
     *,
+    kernels: KernelConfig | None,
+    shard: Shard,
     threshold: Tensor | None = None,
     rms: Tensor | None = None,
 ) -> "AnyStep":
     """The step from rows [n_latents, d_in] for both matrices, on the device of ``mean``."""
     settings = {
-        "threshold": threshold,
+        "threshold": None if threshold is None else shard.block(threshold).clone(),
         "prefixes": config.prefixes,
+        "multi_topk": config.multi_topk,
         "k_aux": config.k_aux,
         "auxk_coef": config.auxk_coef,
         "dead_after": config.dead_after,
         "clip": config.clip,
         "mean": mean,
         "scale": scale,
+        "shard": shard,
     }
     rule = training_rule(config, d_in=len(mean))
-    if mean.is_cuda and kernels is not None:
+    rows = shard.block(rows)
+    if mean.is_cuda and kernels is not None and not config.multi_topk:
         from sae_persona.sae.kernel_step import KernelStep  # here, so that CPU users need no Triton
 
         weights = Weights(rows, torch.zeros(len(rows)), rows, torch.zeros(len(mean)))
         return KernelStep(weights, rule, config=kernels, rms=rms, device=mean.device, **settings)
-    rows = rows.to(mean.device)
+    rows = rows.to(mean.device, copy=True)
     weights = Weights(rows.clone(), rows.new_zeros(len(rows)), rows, rows.new_zeros(len(mean)))
     return PlainStep(weights, rule, **settings)

@@ -140,14 +140,14 @@ def test_another_version_and_broken_files_are_refused(tmp_path):
     (path,) = tmp_path.iterdir()
     whole = tmp_path.with_name("whole")
     shutil.copytree(path, whole)
-    record = path / "checkpoint.json"
+    record = path / "rank-0-of-1" / "checkpoint.json"
     record.write_text(record.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(FormatError, match="has checkpoint format 99, this version reads 1"):
         break_off(tmp_path)
-    shutil.copy(whole / "checkpoint.json", path)
-    part = path / "sae-0.safetensors"
+    shutil.copy(whole / "rank-0-of-1" / "checkpoint.json", record)
+    part = path / "rank-0-of-1" / "sae-0.safetensors"
     part.write_bytes(part.read_bytes()[:-10])
-    with pytest.raises(FormatError, match="step-000000011 is broken"):
+    with pytest.raises(FormatError, match="step-000000011/rank-0-of-1 is broken"):
         break_off(tmp_path)
 
 
