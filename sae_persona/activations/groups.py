@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_persona.activations.dialogues import Tokens
 from sae_persona.activations.lm import LM
-from sae_persona.activations.sequences import Place, Which, kept, placed
+from sae_persona.activations.sequences import Place, Which, id_tensor, kept, placed
 from sae_persona.activations.texts import Texts
 
 FORWARDS = 8  # as many forward passes are filled from one group
@@ -138,7 +138,7 @@ def _forward(
         for s, i in enumerate(row):
             ids = sequences[i].ids
             span = slice(at, at + len(ids))
-            input_ids[r, span] = torch.tensor(ids, dtype=torch.int64)
+            input_ids[r, span] = id_tensor(sequences[i])
             position[r, span] = torch.arange(len(ids))
             segment[r, span] = s
             source.append(wanted[i].nonzero().flatten() + (r * width + at))

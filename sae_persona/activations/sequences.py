@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def placed(lm: LM, texts: Texts, context_size: int, which: Which, start: Place) 
         for number, pieces in _cut(lm, block, context_size, which):
             for i, tokens in enumerate(pieces):
                 place = Place(start.round, number, i)
-                if place >= start and kept(lm, tokens, which).any():
+                if place >= start and _has_some(lm, tokens, which):
                     yield place, tokens
 
 
@@ -49,7 +50,19 @@ def kept(lm: LM, tokens: Tokens, which: Which = "all") -> Tensor:
     for answer in tokens.answers if which == "answers" else ():
         wanted[answer.start : answer.stop] = True
         wanted[answer.pre] = True
-    return wanted if lm.bos_id is None else wanted & (torch.tensor(tokens.ids) != lm.bos_id)
+    return wanted if lm.bos_id is None else wanted & (id_tensor(tokens) != lm.bos_id)
+
+
+def id_tensor(tokens: Tokens) -> Tensor:
+    """The ids of a sequence: [t] int64. By way of numpy, which reads a list five times as fast as torch."""
+    return torch.from_numpy(np.asarray(tokens.ids, dtype=np.int64))
+
+
+def _has_some(lm: LM, tokens: Tokens, which: Which) -> bool:
+    """Whether `kept` would keep a token; most sequences say so at once."""
+    if which == "all":
+        return any(i != lm.bos_id for i in tokens.ids)
+    return bool(kept(lm, tokens, which).any())
 
 
 def _cut(
