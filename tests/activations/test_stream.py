@@ -246,3 +246,30 @@ def test_packed_activations_are_those_of_rows_each(lm):
 def test_how_far_ahead_changes_nothing(lm, n):
     plain, other = (list(stream(lm, HOOK, TEXTS, config(ahead=k))) for k in (2, n))
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("changes", [{}, {"pack": False}, {"buffer_on_host": True}], ids=str)
+def test_a_stream_on_a_gpu_goes_on_to_the_bit_and_is_that_of_a_cpu(make_lm, changes):
+    lm, texts = make_lm(), [text * 3 for text in TEXTS] * 4
+    on_cpu = rows(stream(lm, HOOK, texts, config(batch_tokens=1)))
+    lm.model.to("cuda")
+    on_gpu = rows(x.cpu() for x in stream(lm, HOOK, texts, config(batch_tokens=1, **changes)))
+    torch.testing.assert_close(torch.tensor(on_gpu), torch.tensor(on_cpu), rtol=0, atol=1e-4)
+    made = streams(lm, [HOOK], texts, config(**changes))
+    whole = list(made)
+    first = iter(made)
+    for _ in range(5):
+        next(first)
+    rest = list(made.resume(first.snapshot()))
+    assert all(torch.equal(a[str(HOOK)], b[str(HOOK)]) for a, b in zip(rest, whole[5:], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_activations_that_are_not_finite_are_named_on_a_gpu_too(lm):
+    lm.model.get_input_embeddings().weight.data[lm.tokenizer("b").input_ids[1]] = float("nan")
+    lm.model.to("cuda")
+    with pytest.raises(DataError, match=r"layers.1.resid_post of tiny-Llama are not finite in '<s>a b'"):
+        list(stream(lm, HOOK, ["a", "a b"], SMALL))

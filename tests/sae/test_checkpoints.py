@@ -11,6 +11,7 @@ import torch
 
 from sae_persona.errors import ConfigError, FormatError, RunError
 from sae_persona.sae.checkpoints import Checkpoints, Interrupted
+from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.sae.train import Job, train, train_many
 
@@ -179,3 +180,21 @@ def test_batches_that_have_become_fewer_are_an_error(tmp_path):
     break_off(tmp_path)
     with pytest.raises(DataError, match="training left off after 4 batches, now there are 3"):
         train(batches(3), CONFIG, progress=False, checkpoints=checkpoints(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("rule", ["topk", "batch_topk", "jumprelu"])
+def test_a_killed_run_on_a_gpu_goes_on_to_the_same_bits(rule, tmp_path):
+    generator = torch.Generator("cuda").manual_seed(0)
+    data = [torch.randn(512, 128, generator=generator, device="cuda").bfloat16() for _ in range(30)]
+    config = TrainConfig(n_latents=1024, k=8, steps=90, log_every=7, dead_after=4000, rule=rule, lr=1e-3)
+    kernels = KernelConfig(spare=32.0, moments="bf16")
+    unbroken = train(data, config, kernels=kernels, progress=False)
+    for step in (21, 63):
+        with pytest.raises(Killed):
+            train(
+                data, config, kernels=kernels, progress=False, checkpoints=checkpoints(tmp_path), on_step=kill_at(step)
+            )
+    sae = train(data, config, kernels=kernels, progress=False, checkpoints=checkpoints(tmp_path))
+    assert sae.fingerprint == unbroken.fingerprint and sae.metadata == unbroken.metadata
