@@ -13,10 +13,11 @@ from typing import Any, Protocol, get_args
 from torch import Tensor
 
 from sae_persona.activations.ahead import ahead
+from sae_persona.activations.dialogues import Tokens
 from sae_persona.activations.groups import Forward, Group, Layout, groups
 from sae_persona.activations.harvest import is_finite, not_finite, read_group
-from sae_persona.activations.hooks import check_packing
-from sae_persona.activations.lm import LM
+from sae_persona.activations.hooks import check_packing, read
+from sae_persona.activations.lm import LM, padded
 from sae_persona.activations.sequences import Place, Which, kept, sequences
 from sae_persona.activations.shuffle import Chunk, Shuffle, Sizes
 from sae_persona.activations.texts import Texts, read_texts
@@ -231,8 +232,18 @@ class FromModel:
     def _check(self, group: Group, finite: dict[HookPoint, Tensor]) -> None:
         for hook in sorted(finite, key=lambda hook: hook.layer):  # the first is where it began
             if not finite[hook].all():
-                row = int((~finite[hook]).int().argmax())
-                raise not_finite(self.lm, hook, group.sequences[bisect_right(group.bounds, row) - 1])
+                raise not_finite(self.lm, hook, self._culprit(group, hook, finite[hook]))
+
+    def _culprit(self, group: Group, hook: HookPoint, finite: Tensor) -> Tokens:
+        """The first sequence whose activations are not finite even alone: a row that is packed spoils all in it."""
+        rows = (~finite).nonzero().flatten().tolist()
+        bad = dict.fromkeys(bisect_right(group.bounds, row) - 1 for row in rows)
+        for i in bad:
+            one = group.sequences[i]
+            acts = read(self.lm, [hook], *padded(self.lm, [one.ids]))[hook]
+            if not acts.isfinite().all():
+                return one
+        return group.sequences[next(iter(bad))]
 
 
 def _pinned(group: Group) -> Group:

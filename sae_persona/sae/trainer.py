@@ -136,6 +136,7 @@ class Trainer:
         return Weights(*(w.to(device) for w in weights)), None if threshold is None else threshold.to(device)
 
     def _folded(self, tail: list[Tensor]) -> SAE | None:
+        tail = [x.float() for x in tail]  # on a GPU they are as the model gave them
         config, scale, dead = self.config, self.scale, self.n_dead()
         if (whole := self._whole()) is None:
             return None

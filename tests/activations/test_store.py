@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -102,6 +101,16 @@ def test_a_killed_writer_goes_on_after_its_last_shard(lm, tmp_path):
     assert done.complete and done.shards == whole.shards
 
 
+@pytest.mark.parametrize("size", [50, 300, 10_000])
+def test_a_writer_killed_before_the_last_word_adds_nothing(lm, tmp_path, size):
+    whole = written(lm, tmp_path / "store", shard_rows=size)
+    path = tmp_path / "store" / "store.json"
+    path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
+    again = Writer(tmp_path / "store", facts(lm), shard_rows=size, resume=True)
+    done = again.write(from_model(lm).chunks(again.place))
+    assert done.complete and done.shards == whole.shards
+
+
 def test_a_truncated_shard_is_named_and_skipped_only_when_asked(lm, tmp_path):
     store = written(lm, tmp_path / "store")
     bad = tmp_path / "store" / store.shards[1].name
@@ -179,8 +188,10 @@ def test_a_full_disk_leaves_the_shards_before(lm, tmp_path, monkeypatch):
     assert not list((tmp_path / "store").glob(".*tmp"))
 
 
-def test_shards_end_where_chunks_do(lm, tmp_path):
-    store = written(lm, tmp_path / "store", shard_rows=1)
+@pytest.mark.parametrize("size", [7, 100, 10_000])
+def test_shards_are_of_one_size_but_the_last(lm, tmp_path, size):
+    store = written(lm, tmp_path / "store", shard_rows=size)
     chunks = [len(next(iter(chunk.rows.values()))) for chunk in from_model(lm).chunks(Place())]
-    assert [shard.rows for shard in store.shards] == chunks
-    assert replace(store.shards[0], rows=1).rows == 1
+    full, rest = divmod(sum(chunks), size)
+    assert [shard.rows for shard in store.shards] == [size] * full + [rest] * (rest > 0)
+    assert store.shards[-1].bytes < 2 * 4 * 16 * max(rest, 1) + 8000 or not rest  # and no longer than they need

@@ -242,6 +242,12 @@ def test_packed_activations_are_those_of_rows_each(lm):
     torch.testing.assert_close(torch.tensor(plain), torch.tensor(packed), rtol=0, atol=1e-5)
 
 
+def test_of_a_packed_row_that_one_sequence_spoils_that_one_is_named(lm):
+    lm.model.get_input_embeddings().weight.data[lm.tokenizer("b").input_ids[1]] = float("nan")
+    with pytest.raises(DataError, match=r"not finite in '<s>a b'"):
+        list(stream(lm, HOOK, ["a", "a b", "c"], config(pack=True)))
+
+
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_how_far_ahead_changes_nothing(lm, n):
     plain, other = (list(stream(lm, HOOK, TEXTS, config(ahead=k))) for k in (2, n))
