@@ -15,11 +15,14 @@ from sae_persona.activations.store import Store
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result
 from sae_persona.errors import ConfigError
-from sae_persona.flags import with_flags
+from sae_persona.flags import counts, with_flags
+from sae_persona.report.pareto import point_of, rows, write_pareto
 from sae_persona.report.text import describe
 from sae_persona.runs import Run
 from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.shard import joined
+from sae_persona.sae.trackers import check_tracker
 from sae_persona.training import CacheConfig, PlaceConfig
 from sae_persona.types import HookPoint
 
@@ -39,6 +42,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run at --
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command()(train)
+    app.command()(grid)
     app.add_typer(cache_app, name="cache")
 
 
@@ -54,6 +58,12 @@ def _load(model: str, device: str, dtype: str, blocks: str | None, *, compiled: 
 def _check_rule(kernels: KernelConfig, training: TrainConfig) -> None:
     if kernels.precision == "fp8" and training.rule != "topk":
         raise ConfigError(f"precision fp8 is for rule topk, got {training.rule}: choose bf16, or --rule topk")
+
+
+def _check_trackers(place: PlaceConfig) -> None:
+    """ConfigError for a tracker whose package is not there, before anything is loaded."""
+    for name in place.log:
+        check_tracker(name)
 
 
 def _as_stored(texts: Path, streaming: StreamConfig) -> StreamConfig:
@@ -87,22 +97,71 @@ def train(
     """Train an SAE on the streamed activations of a model at one hook point."""
     _check_rule(kernels, training)
     # what a GPU would take can be asked for where there is none
-    lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
-    point = HookPoint.parse(hook)
-    lm.check(point)
+    _check_trackers(place)
+    with joined(device) as shard:
+        # a rank has the GPU of its number
+        device = f"cuda:{torch.cuda.current_device()}" if shard.world > 1 and device.startswith("cuda") else device
+        lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
+        point = HookPoint.parse(hook)
+        lm.check(point)
+        streaming = _as_stored(texts, streaming)
+        for path in [texts, *([held_out] if held_out else [])]:
+            stages.check_texts(lm, path, streaming)
+        if dry_run:
+            on_gpu = device.startswith("cuda")
+            typer.echo(stages.plan(lm, point, streaming, training, kernels if on_gpu else None))
+            return
+        settings = {"streaming": streaming, "training": training, "kernels": kernels, "place": place, "shard": shard}
+        if shard.rank:
+            stages.train_stage(Run(out), lm, point, texts, **settings)
+            return
+        with Run.making(out, force=force, resume=resume) as run:
+            stages.train_stage(run, lm, point, texts, held_out=held_out, **settings)
+        typer.echo(describe(run))
+
+
+@with_flags(
+    skip={"training": {"n_latents", "k", "k_start"}},
+    streaming=StreamConfig, training=TrainConfig, kernels=KernelConfig, place=PlaceConfig,
+)  # fmt: skip
+def grid(
+    model: Model,
+    texts: TextsArgument,
+    out: Annotated[Path, typer.Option(help="Folder to make, with a run folder for each SAE.")],
+    hook: Annotated[list[str], typer.Option(help=f"Hook point: {Hook}. May be given several times.")],
+    held_out: Annotated[Path, typer.Option(help="Texts that the SAEs are compared on.")],
+    streaming: StreamConfig,
+    training: TrainConfig,
+    kernels: KernelConfig,
+    place: PlaceConfig,
+    n_latents: Annotated[str, typer.Option(metavar="A,B,...", help="Widths.")] = "4096",
+    k: Annotated[str, typer.Option(metavar="A,B,...", help="Latents kept per token.")] = "16,32,64",
+    blocks: Blocks = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    compile: Compile = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an SAE for each hook point, width and k from one pass of the model; draw L0 against FVU and CE recovered."""
+    _check_rule(kernels, training)
+    _check_trackers(place)
+    lm = _load(model, device, dtype, blocks, compiled=compile)
+    points = [HookPoint.parse(text) for text in hook]
+    for point in points:
+        lm.check(point)
     streaming = _as_stored(texts, streaming)
-    for path in [texts, *([held_out] if held_out else [])]:
+    for path in (texts, held_out):
         stages.check_texts(lm, path, streaming)
-    if dry_run:
-        on_gpu = device.startswith("cuda")
-        typer.echo(stages.plan(lm, point, streaming, training, kernels if on_gpu else None))
-        return
-    with Run.making(out, force=force, resume=resume) as run:
-        stages.train_stage(
-            run, lm, point, texts, streaming=streaming, training=training, kernels=kernels, place=place,
-            held_out=held_out,
-        )  # fmt: skip
-    typer.echo(describe(run))
+    configs = [replace(training, n_latents=n, k=each) for n in counts(n_latents) for each in counts(k)]
+    runs = stages.grid_stage(
+        out, lm, points, texts, configs, streaming=streaming, kernels=kernels, place=place, held_out=held_out,
+        resume=resume,
+    )  # fmt: skip
+    found = [point_of(run) for run in runs]
+    page = write_pareto(found, out / "pareto.html")
+    lines = [f"{p.name:40} L0 {p.l0:7.2f}  FVU {p.fvu:.4f}  dead {p.dead:.2f}" for p in found]
+    show_result("\n".join([*lines, str(page)]), rows(found), as_json)
 
 
 class _MakesByDefault(TyperGroup):

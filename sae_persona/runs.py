@@ -153,7 +153,7 @@ class Run:
         path, old = Path(path), None
         if resume and _taken(path):
             run = cls.open(path)
-            if any(entry["stage"] == "train" for entry in run.manifest["stages"]):
+            if run.has("train"):
                 raise RunError(f"{path} is trained to the end: there is nothing to resume")
             yield run
             return
@@ -202,6 +202,10 @@ class Run:
         if not entries:
             raise RunError(f"{self.path} has no {name} stage yet: run `sae-persona {name}` on it first")
         return entries[-1]
+
+    def has(self, name: str) -> bool:
+        """Whether a stage has been run."""
+        return any(entry["stage"] == name for entry in self.manifest["stages"])
 
     @contextmanager
     def recording(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:

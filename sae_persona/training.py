@@ -1,7 +1,7 @@
 """The stages that make SAEs and activation stores: texts through a model, into run folders."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig, plan_step
 from sae_persona.sae.model import SAE
 from sae_persona.sae.quality import Quality, quality
 from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.shard import ALONE, Shard
+from sae_persona.sae.trackers import open_trackers
 from sae_persona.sae.train import Diverged, Job, train_many
 from sae_persona.types import HookPoint
 
@@ -40,6 +42,9 @@ class PlaceConfig:
     """Minutes between two checkpoints, which a run goes on from with --resume. SIGINT and SIGTERM write one, too."""
     skip_bad: bool = False
     """Go without shards of an activation store that cannot be read, and take one that is not complete."""
+    log: tuple[str, ...] = ()
+    """Trackers that get the metrics, too: wandb (offline unless WANDB_MODE or WANDB_API_KEY say otherwise), trackio,
+    tensorboard. metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         if not self.checkpoint_minutes >= 0:
@@ -87,17 +92,22 @@ def train_stage(
     place: PlaceConfig = DEFAULT_PLACE,
     held_out: Source | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    shard: Shard = ALONE,
     progress: bool = True,
-) -> SAE:
+) -> SAE | None:
     """Train an SAE on streamed activations; with ``held_out`` texts, measure its quality on them too.
 
     texts   what ``read_texts`` takes, or the folder of an activation store
 
+    shard   one of several ranks: each reads its share of the texts, and the first alone writes, into a run that it has
+            made; the others give the same ``run``, which need not be there yet, and get None
+
     Goes on from the run's checkpoint where there is one.
     """
-    settings = {"streaming": streaming, "kernels": kernels, "place": place, "progress": progress}
-    members = {"": Member(run, hook, training, on_step)}
-    train_members(lm, texts, members, checkpoints=run.checkpoints, **settings)
+    settings = {"streaming": streaming, "kernels": kernels, "place": place, "shard": shard, "progress": progress}
+    train_members(lm, texts, {"": Member(run, hook, training, on_step)}, checkpoints=run.checkpoints, **settings)
+    if shard.rank:
+        return None
     if held_out is not None:
         quality_stage(run, lm, held_out, streaming=streaming)
     return open_sae(run, lm)
@@ -122,15 +132,19 @@ def train_members(
     kernels: KernelConfig | None,
     place: PlaceConfig,
     checkpoints: Path,
+    shard: Shard = ALONE,
     progress: bool,
 ) -> None:
     """Train several SAEs, at one or several hook points, on one stream of activations; each into its run folder."""
     hooks = list(dict.fromkeys(member.hook for member in members.values()))
-    batches = open_stream(lm, hooks, texts, streaming, skip_bad=place.skip_bad)
+    if streaming.batch_tokens % shard.world:
+        raise ConfigError(f"batch_tokens {streaming.batch_tokens} must be a multiple of the {shard.world} ranks")
+    own = replace(streaming, batch_tokens=streaming.batch_tokens // shard.world)
+    batches = open_stream(lm, hooks, texts, own, share=(shard.rank, shard.world), skip_bad=place.skip_bad)
     # the learning rate can only fall towards an end that is known
     known = {member.training.steps for member in members.values()}
     steps = known.pop() if len(known) == 1 else None
-    steps = steps or batches.n_batches()
+    steps = steps or -shard.most(-batches.n_batches())  # as many as every rank has
     jobs = {
         name: Job(
             config=replace(member.training, steps=steps),
@@ -145,15 +159,43 @@ def train_members(
         "streaming": asdict(streaming),
         "texts": input_facts(texts),
     }
-    kept = Checkpoints(checkpoints, minutes=place.checkpoint_minutes, facts=_told(shared, jobs, kernels))
-    with ExitStack() as entries:
-        for member in members.values():
-            made = {"hook": str(member.hook), "training": asdict(member.training)}
-            entries.enter_context(member.run.recording("train", **shared, **made))
-        saes = _trained(lm, batches, members, jobs, kernels=kernels, place=place, checkpoints=kept, progress=progress)
+    facts = _told(shared, jobs, kernels)
+    kept = Checkpoints(checkpoints, minutes=place.checkpoint_minutes, facts=facts, shard=shard)
+    settings = {"kernels": kernels, "device": _device(place), "shard": shard, "checkpoints": kept, "progress": progress}
+    if shard.rank:
+        train_many(batches, jobs, **settings)
+        return
+    with ExitStack() as stack:
+        for name, member in members.items():
+            made = {"hook": str(member.hook), "training": asdict(member.training), "ranks": shard.world}
+            stack.enter_context(member.run.recording("train", **shared, **made))
+            jobs[name] = stack.enter_context(_tracked(jobs[name], place.log, member.run, made))
+        saes = _trained(lm, batches, members, jobs, settings)
         for name, member in members.items():
             save_sae(saes[name], member.run.sae, metadata=hook_metadata(lm, member.hook))
     kept.clear()
+
+
+@contextmanager
+def _tracked(job: Job, names: Sequence[str], run: Run, config: dict[str, Any]) -> Iterator[Job]:
+    """The job with its metrics going to trackers, too."""
+    trackers = open_trackers(names, folder=run.path, name=run.path.name, config=config)
+
+    def on_step(line: dict[str, Any]) -> None:
+        for tracker in trackers:
+            tracker.log(line)
+        if job.on_step is not None:
+            job.on_step(line)
+
+    try:
+        yield replace(job, on_step=on_step)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _device(place: PlaceConfig) -> torch.device | None:
+    return None if place.sae_device is None else torch.device(place.sae_device)
 
 
 def _trained(
@@ -161,19 +203,53 @@ def _trained(
     batches: Stream,
     members: Mapping[str, Member],
     jobs: Mapping[str, Job],
-    *,
-    kernels: KernelConfig | None,
-    place: PlaceConfig,
-    checkpoints: Checkpoints,
-    progress: bool,
+    settings: dict[str, Any],
 ) -> dict[str, SAE]:
-    device = None if place.sae_device is None else torch.device(place.sae_device)
-    settings = {"kernels": kernels, "device": device, "checkpoints": checkpoints, "progress": progress}
     try:
         return train_many(batches, jobs, **settings)
     except Diverged as error:
         member = members[error.name]
         raise RunError(f"{error}{_keep(error.sae, member.run, hook_metadata(lm, member.hook))}") from error
+
+
+def grid_stage(
+    folder: Path,
+    lm: LM,
+    hooks: Sequence[HookPoint],
+    texts: Source,
+    configs: Sequence[TrainConfig],
+    *,
+    streaming: StreamConfig,
+    kernels: KernelConfig | None,
+    place: PlaceConfig,
+    held_out: Source,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[Run]:
+    """Train an SAE of each config at each hook point, all from one pass of the model, and measure them on texts.
+
+    Makes FOLDER/HOOK-n_latents-k for each. With ``resume`` goes on with a folder that was begun. RunError if there is
+    something else.
+    """
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is not empty: choose another --out, or pass --resume to go on with it")
+    members: dict[str, Member] = {}
+    for hook in hooks:
+        for config in configs:
+            name = f"{hook}-{config.n_latents}-k{config.k}"
+            path = folder / name
+            run = Run.open(path) if resume and path.exists() else Run.create(path)
+            members[name] = Member(run, hook, config)
+    left = {name: member for name, member in members.items() if not member.run.has("train")}
+    if left:
+        train_members(
+            lm, texts, left, streaming=streaming, kernels=kernels, place=place,
+            checkpoints=folder / "checkpoints", progress=progress,
+        )  # fmt: skip
+    for member in members.values():
+        if not member.run.has("quality"):
+            quality_stage(member.run, lm, held_out, streaming=streaming)
+    return [member.run for member in members.values()]
 
 
 def _told(shared: Mapping[str, Any], jobs: Mapping[str, Job], kernels: KernelConfig | None) -> dict[str, Any]:
@@ -212,14 +288,20 @@ def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig
 
 
 def open_stream(
-    lm: LM, hooks: Sequence[HookPoint], texts: Source, streaming: StreamConfig, *, skip_bad: bool = False
+    lm: LM,
+    hooks: Sequence[HookPoint],
+    texts: Source,
+    streaming: StreamConfig,
+    *,
+    share: tuple[int, int] = (0, 1),
+    skip_bad: bool = False,
 ) -> Stream:
     """Activations at the hook points: from the model, or from a store where ``texts`` is the folder of one.
 
     ModelError if the store was made with another model, ConfigError if it was with other settings.
     """
     if not (isinstance(texts, str | Path) and Store.is_at(texts)):
-        return streams(lm, hooks, texts, streaming)
+        return streams(lm, hooks, read_texts(texts).share(*share), streaming)
     store = Store(Path(texts))
     made = store.facts["model"]
     if made["config_hash"] != lm.config_hash:
@@ -230,7 +312,7 @@ def open_stream(
                 f"{texts} has {name} {store.facts[name]}, wanted {getattr(streaming, name)}: pass "
                 f"--{name.replace('_', '-')} {store.facts[name]}"
             )
-    source = FromStore(store, hooks, device=lm.device, n_ahead=streaming.ahead, skip_bad=skip_bad)
+    source = FromStore(store, hooks, device=lm.device, n_ahead=streaming.ahead, share=share, skip_bad=skip_bad)
     return Stream(source, streaming)
 
 

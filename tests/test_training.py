@@ -134,3 +134,75 @@ def test_wrong_requests_are_refused_in_one_line_before_anything_is_made(texts, t
     assert "no activation store at" in run("cache", "verify", tmp_path / "absent").stderr
     dry = run("cache", "lab", texts, "--out", tmp_path / "s", *FLAGS[:6], "--dry-run")
     assert dry.returncode == 0 and "GB a million" in dry.stdout and not (tmp_path / "s").exists()
+
+
+def torchrun(n, *args):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    command += ["-m", "sae_persona", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_sae_and_go_on_as_one_or_two_after_a_kill(texts, tmp_path):
+    flags = train(texts, tmp_path / "whole", "--rule", "topk")
+    whole = torchrun(2, *flags)
+    out, said = whole.communicate(timeout=200)
+    assert whole.returncode == 0, said
+    assert "topk" in out and Run.open(tmp_path / "whole").stage("train")["ranks"] == 2
+    sae = load_sae(tmp_path / "whole" / "sae")
+    assert sae.n_latents == 64 and metrics(tmp_path / "whole")[-1]["fvu"] < 0.5
+
+    flags = train(texts, tmp_path / "killed", "--rule", "topk", "--checkpoint-minutes", 0)
+    process = torchrun(2, *flags)
+    wait_for_step(tmp_path / "killed", 16, process)
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=100)
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    again = torchrun(2, *flags, "--resume")
+    _, said = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    same_sae(tmp_path / "killed", tmp_path / "whole")
+
+    flags[flags.index(tmp_path / "killed")] = tmp_path / "other"
+    alone = run(*flags, "--resume")  # with another number of ranks
+    assert alone.returncode == 0, alone.stderr
+    ends = [metrics(tmp_path / name)[-1] for name in ("other", "whole")]
+    assert ends[0]["step"] == ends[1]["step"] == 60
+    assert ends[0]["fvu"] == pytest.approx(ends[1]["fvu"], rel=0.15)
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.slow
+def test_a_grid_is_trained_from_one_pass_and_compared(texts, tmp_path):
+    held_out = texts.with_name("held_out.jsonl")
+    shared = [flag for flag in FLAGS if flag not in ("--n-latents", "64", "--k", "4")]
+    flags = ["grid", "lab", texts, "--out", tmp_path / "grid", *shared, "--hook", "layers.2", "--held-out", held_out]
+    flags += ["--n-latents", "32,64", "--k", "2,4", "--steps", 40]
+    done = run(*flags, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 8 and {row["hook"] for row in rows} == {"layers.3.resid_post", "layers.2.resid_post"}
+    assert (tmp_path / "grid" / "pareto.html").is_file()
+    by = {row["name"]: row for row in rows}
+    assert by["layers.3.resid_post-64-k4"]["fvu"] < by["layers.3.resid_post-64-k2"]["fvu"]
+    alone = run(*train(texts, tmp_path / "alone", "--steps", 40))
+    assert alone.returncode == 0, alone.stderr
+    same_sae(tmp_path / "alone", tmp_path / "grid" / "layers.3.resid_post-64-k4")
+    again = run(*flags)
+    assert again.returncode == 2 and "is not empty" in again.stderr
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_training(texts, tmp_path):
+    done = run(*train(texts, tmp_path / "run", "--log", "trackio"))
+    assert done.returncode == 2 and "--log trackio needs the package trackio" in done.stderr
+    assert not (tmp_path / "run").exists()

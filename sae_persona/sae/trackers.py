@@ -35,7 +35,7 @@ class Tracker(Protocol):
         ...
 
 
-def open_trackers(names: Sequence[TrackerName], *, folder: Path, name: str, config: dict[str, Any]) -> list[Tracker]:
+def open_trackers(names: Sequence[str], *, folder: Path, name: str, config: dict[str, Any]) -> list[Tracker]:
     """Trackers of a run called ``name`` with that ``config``, which write into ``folder`` where they write files.
 
     A tracker that fails later on does not end the run: the first time, a line on stderr says so.
@@ -52,6 +52,11 @@ def open_trackers(names: Sequence[TrackerName], *, folder: Path, name: str, conf
                 tracker.close()
             raise RunError(f"--log {each} does not start: {_first_line(error)}. Leave it out or mend it.") from error
     return opened
+
+
+def check_tracker(name: str) -> None:
+    """ConfigError unless the tracker is known and its package is installed."""
+    _package(name)
 
 
 def _package(name: str) -> Any:
