@@ -143,7 +143,7 @@ def grid(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train an SAE for each hook point, width and k from one pass of the model; draw L0 against FVU and CE recovered."""
+    """Train an SAE for each hook point, width and k from one pass of the model, and draw L0 against what it costs."""
     _check_rule(kernels, training)
     _check_trackers(place)
     lm = _load(model, device, dtype, blocks, compiled=compile)

@@ -1,15 +1,19 @@
 """The commands that make SAEs and stores, as a user runs them."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from sae_persona.lab.corpora import write_texts
+from sae_persona.runs import Run
 from sae_persona.sae.formats import load_sae
 
 FLAGS = [
@@ -178,8 +182,7 @@ def test_two_ranks_train_one_sae_and_go_on_as_one_or_two_after_a_kill(texts, tmp
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
-    return [int(line) for line in found.stdout.split()]
+    return [int(found) for found in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.slow
