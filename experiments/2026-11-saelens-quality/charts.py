@@ -17,7 +17,7 @@ SIDES = (("ours", "C0", "ours"), ("sae_lens", "C1", "SAELens"))
 
 def draw() -> None:
     """A dot a seed: FVU on both models, and the share of the known atoms that was found."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 2.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
     for axis, (name, measure, title) in zip(axes, PANELS, strict=True):
         rules = read_json(HERE / f"{name}.json", "results")["rules"]
         for shift, (side, colour, label) in zip((-0.1, 0.1), SIDES, strict=True):
@@ -30,7 +30,7 @@ def draw() -> None:
             axis.scatter(*zip(*dots, strict=True), s=16, c=colour, label=label)
         axis.set_xticks(range(len(rules)), [RULE_NAMES[rule] for rule in rules])
         axis.set(title=title, xlim=(-0.5, len(rules) - 0.5))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(fontsize=8, frameon=False)
     figure.savefig(HERE / "quality.png", dpi=130)

@@ -81,7 +81,7 @@ def compare(planted: Planted, rule: RuleName, seeds: Sequence[int]) -> dict[str,
     """Both sides on a new dictionary each seed; learning rates are chosen by FVU, since real atoms are not known."""
     spec = Spec(rule=rule, n_latents=planted.n_latents, k=planted.active, lr=0, seed=0)
     _, batches, held_out = sample(planted, DEVELOPMENT_SEED)
-    chosen = choose(batches, held_out, spec, l0_coefs=())
+    chosen = choose(batches, held_out, spec, tanh=())
     rows = []
     for seed in seeds:
         atoms, batches, held_out = sample(planted, seed)

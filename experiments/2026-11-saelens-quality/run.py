@@ -55,8 +55,11 @@ class World:
     n_latents: int
     k: int
     steps: int
-    l0_coefs: tuple[float, ...]
-    """Weights of SAELens' tanh loss that are tried, each with the first two learning rates."""
+    tanh: tuple[tuple[float, float], ...]
+    """Learning rates and weights of the tanh loss that are tried for SAELens' JumpReLU: found by hand, near an L0 of k.
+
+    The learning rate decides how far the thresholds get in so few steps, and so the L0 more than the weight does.
+    """
 
 
 def lab() -> World:
@@ -72,7 +75,7 @@ def lab() -> World:
         n_latents=512,
         k=8,
         steps=500,
-        l0_coefs=(3.0, 5.0),
+        tanh=((4e-3, 0.1), (4e-3, 0.07), (6e-3, 0.03), (3e-3, 0.5)),
     )
 
 
@@ -103,7 +106,7 @@ def craftgpt(model: Path, data: Path) -> World:
         n_latents=512,
         k=16,
         steps=500,
-        l0_coefs=(1.5, 3.0),
+        tanh=((2e-3, 1.0), (2e-3, 1.5), (2e-3, 2.0), (3e-3, 0.7)),
     )
 
 
@@ -125,7 +128,7 @@ def harvest(world: World) -> tuple[list[Tensor], Tensor]:
 
 
 def choose(
-    batches: Sequence[Tensor], development: Tensor, spec: Spec, l0_coefs: Sequence[float]
+    batches: Sequence[Tensor], development: Tensor, spec: Spec, tanh: Sequence[tuple[float, float]]
 ) -> dict[Side, dict[str, Any]]:
     """Each side's settings of least development FVU at equal L0; and all that was tried.
 
@@ -136,7 +139,7 @@ def choose(
     for side in SIDES:
         grid = [{"lr": lr, "l0_coef": None} for lr in LRS]
         if side == "sae_lens" and spec.rule == "jumprelu":
-            grid = [{"lr": lr, "l0_coef": coef} for lr in LRS[:2] for coef in l0_coefs]
+            grid = [{"lr": lr, "l0_coef": coef} for lr, coef in tanh]
         tried = []
         for settings in grid:
             sae, _ = trained(side, some, replace(spec, seed=DEVELOPMENT_SEED, **settings))
@@ -153,7 +156,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train both sides on every seed and measure them on the test texts at the L0 of k."""
     spec = Spec(rule=rule, n_latents=world.n_latents, k=world.k, lr=0, seed=0)
-    chosen = choose(batches, development, spec, world.l0_coefs)
+    chosen = choose(batches, development, spec, world.tanh)
     rows = []
     for seed, side in product(seeds, SIDES):
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -37,38 +37,42 @@ def _pair(found: dict[str, Any], measure: str, digits: int) -> str:
     return " / ".join(f"{side_mean(found, side, measure):.{digits}f}" for side in ("ours", "sae_lens"))
 
 
-def quality_table(name: str) -> list[str]:
-    """One row a rule: both sides' means, and the difference with its interval."""
-    lines = [
-        f"| {name}, ours / SAELens | learning rate | FVU | difference | CE recovered | difference | dead |"
-        " L0 as exported | L0 measured | seconds |",
-        "|" + "---|" * 10,
-    ]
-    for rule, found in read_json(HERE / f"{name}.json", "results")["rules"].items():
-        rates = " / ".join(f"{found['chosen'][side]['lr']:g}" for side in ("ours", "sae_lens"))
+def quality_tables(name: str) -> list[str]:
+    """One row a rule: what is compared with its difference; then how each side came to it."""
+    rules = read_json(HERE / f"{name}.json", "results")["rules"].items()
+    lines = [f"| {name}: ours / SAELens | FVU | difference | CE recovered | difference |", "|" + "---|" * 5]
+    for rule, found in rules:
         off = found["ours - sae_lens"]
         lines.append(
-            f"| {RULE_NAMES[rule]} | {rates} | {_pair(found, 'fvu', 4)} | {_shown(off['fvu'], 4)} |"
-            f" {_pair(found, 'ce_recovered', 4)} | {_shown(off['ce_recovered'], 4)} | {_pair(found, 'dead', 3)} |"
-            f" {_pair(found, 'l0_exported', 1)} | {_pair(found, 'l0', 2)} | {_pair(found, 'seconds', 0)} |"
+            f"| {RULE_NAMES[rule]} | {_pair(found, 'fvu', 4)} | {_shown(off['fvu'], 4)} |"
+            f" {_pair(found, 'ce_recovered', 4)} | {_shown(off['ce_recovered'], 4)} |"
+        )
+    lines += ["", f"| {name}: ours / SAELens | learning rate | L0 as exported | L0 on test texts | dead | seconds |"]
+    lines.append("|" + "---|" * 6)
+    for rule, found in rules:
+        lines.append(
+            f"| {RULE_NAMES[rule]} | {_rates(found)} | {_pair(found, 'l0_exported', 1)} | {_pair(found, 'l0', 2)} |"
+            f" {_pair(found, 'dead', 3)} | {_pair(found, 'seconds', 0)} |"
         )
     return lines
+
+
+def _rates(found: dict[str, Any]) -> str:
+    return " / ".join(f"{found['chosen'][side]['lr']:g}" for side in ("ours", "sae_lens"))
 
 
 def dictionary_table() -> list[str]:
     """One row a rule: recovered shares of both sides, by quarter of frequency, and the difference with its interval."""
     lines = [
-        "| ours / SAELens | learning rate | recovered | difference | weighted by frequency |"
-        " most frequent quarter | second | third | rarest | FVU |",
-        "|" + "---|" * 10,
+        "| ours / SAELens | recovered | difference | weighted by frequency | quarters, most frequent first | FVU |",
+        "|" + "---|" * 6,
     ]
     for rule, found in read_json(HERE / "dictionary.json", "results")["rules"].items():
-        rates = " / ".join(f"{found['chosen'][side]['lr']:g}" for side in ("ours", "sae_lens"))
-        quarters = " | ".join(_pair(found, f"quarter_{i}", 3) for i in range(1, 5))
+        quarters = "; ".join(_pair(found, f"quarter_{i}", 2) for i in range(1, 5))
         lines.append(
-            f"| {RULE_NAMES[rule]} | {rates} | {_pair(found, 'recovered', 3)} |"
+            f"| {RULE_NAMES[rule]} | {_pair(found, 'recovered', 3)} |"
             f" {_shown(found['ours - sae_lens']['recovered'], 3)} | {_pair(found, 'weighted', 3)} | {quarters} |"
-            f" {_pair(found, 'fvu', 4)} |"
+            f" {_pair(found, 'fvu', 3)} |"
         )
     return lines
 
@@ -76,7 +80,7 @@ def dictionary_table() -> list[str]:
 def main() -> None:
     """Print the tables."""
     for name in ("lab", "craftgpt"):
-        print("\n".join(quality_table(name)), end="\n\n")
+        print("\n".join(quality_tables(name)), end="\n\n")
     print("\n".join(dictionary_table()))
 
 
