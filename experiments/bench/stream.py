@@ -1,6 +1,6 @@
 """Streaming end to end on a GPU: texts, a language model up to its hook point, the shuffle buffer, an SAE in training.
 
-    python -m experiments.bench.stream [--shapes llama,gemma,gpt2] [--steps 60] [--compile] [--out experiments/bench]
+    python -m experiments.bench.stream [--shapes llama,gemma,gpt2] [--periods 5] [--compile] [--out experiments/bench]
 
 The models are random, of the shapes of Llama-3-8B, Gemma-2-2B and GPT-2 small; the texts are random words of
 lognormal length, tokenised byte by byte. In one run are measured: cuBLAS' product of the model's shapes; the bare
@@ -23,6 +23,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from experiments.bench import ledger
+from sae_persona.activations.groups import FORWARDS
 from sae_persona.activations.hooks import read_rows
 from sae_persona.activations.lm import LM, wrap_lm
 from sae_persona.activations.stream import StreamConfig, stream
@@ -31,7 +32,7 @@ from sae_persona.sae.train import train
 from sae_persona.types import HookPoint
 
 WIDTH = 1024  # tokens a row
-LOG_EVERY = 10
+BATCH = 8192  # tokens the SAE trains on at once
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def bare(lm: LM, shape: Shape) -> float:
 
 
 def paced(batches: Iterator[torch.Tensor], n: int) -> float:
-    """Seconds a token of the stream alone, over ``n`` batches after as many that do not count."""
+    """Seconds a token of the stream alone, over ``n`` batches after as many that do not count: of whole periods."""
     for _ in range(n):
         batch = next(batches)
     torch.cuda.synchronize()
@@ -143,29 +144,38 @@ def paced(batches: Iterator[torch.Tensor], n: int) -> float:
     return (time.perf_counter() - start) / tokens
 
 
-def measure(name: str, shape: Shape, *, steps: int, compiled: bool, corpus: list[str]) -> dict[str, object]:
+def resident() -> float:
+    """GB of this process in the host's memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e9
+
+
+def measure(name: str, shape: Shape, *, periods: int, compiled: bool, corpus: list[str]) -> dict[str, object]:
     lm = make(shape)
     if compiled:
         lm.compile()
     rate = product_rate(lm.d_model)
     alone = bare(lm, shape)
     streaming = StreamConfig(
-        context_size=WIDTH, batch_tokens=8192, buffer_tokens=262_144, lm_batch=shape.rows, passes=1000
+        context_size=WIDTH, batch_tokens=BATCH, buffer_tokens=262_144, lm_batch=shape.rows, passes=1000
     )
     made = stream(lm, HookPoint(shape.layer), corpus, streaming)
-    streamed = paced(iter(made), 48)
+    # the model runs once for so many batches: only over whole periods do its tokens and those served agree
+    period = FORWARDS * shape.rows * WIDTH // BATCH
+    streamed = paced(iter(made), 2 * period)
     marks: list[tuple[float, int]] = []
+    hosts: list[float] = []
 
     def on_step(line: dict[str, Any]) -> None:
         torch.cuda.synchronize()
         marks.append((time.perf_counter(), line["tokens"]))
+        hosts.append(resident())
 
     config = TrainConfig(
-        n_latents=shape.n_latents, k=shape.k, rule="topk", steps=steps, log_every=LOG_EVERY, dead_after=10**9
+        n_latents=shape.n_latents, k=shape.k, rule="topk", steps=period * periods, log_every=period, dead_after=10**9
     )
     train(made, config, on_step=on_step, progress=False)
-    # a round of the buffer is filled at once and served for long: whole rounds are compared
-    (t0, n0), (t1, n1) = marks[len(marks) // 4], marks[-1]
+    (t0, n0), (t1, n1) = marks[0], marks[-1]
     whole = (t1 - t0) / (n1 - n0)
     row = {
         "commit": ledger.commit(),
@@ -187,7 +197,8 @@ def measure(name: str, shape: Shape, *, steps: int, compiled: bool, corpus: list
         "whole_x": round(whole / alone, 3),
         "tokens_s": round(1 / whole),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-        "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "host_gb": round(hosts[0], 2),
+        "host_last_gb": round(hosts[-1], 2),
     }
     print("  ".join(f"{key} {value}" for key, value in row.items() if key not in ("commit", "date")), flush=True)
     return row
@@ -196,13 +207,13 @@ def measure(name: str, shape: Shape, *, steps: int, compiled: bool, corpus: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="llama,gemma,gpt2")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--periods", type=int, default=5, help="of the shuffle buffer; the first does not count")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
     corpus = texts(20_000)
     for name in a.shapes.split(","):
-        row = measure(name, shapes()[name], steps=a.steps, compiled=a.compile, corpus=corpus)
+        row = measure(name, shapes()[name], periods=a.periods, compiled=a.compile, corpus=corpus)
         ledger.append(a.out / "gpu_stream.csv", row)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
