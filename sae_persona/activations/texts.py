@@ -10,6 +10,8 @@ from typing import Any
 from sae_persona.activations.dialogues import Dialogue
 from sae_persona.errors import DataError
 
+HUB = "hub:"
+
 
 @dataclass(frozen=True, eq=False)
 class Texts:
@@ -32,21 +34,24 @@ class Texts:
 def read_texts(source: str | Path | Iterable[Any] | Texts, *, field: str = "text") -> Texts:
     """Texts of ``source``, read as they are asked for; the first one is read now.
 
-    source   .txt (a text a line; blank lines are skipped), .jsonl, .parquet, a folder written by
-             ``datasets.Dataset.save_to_disk``, or an iterable of str, Dialogue or rows. A generator is read whole
+    source   .txt (a text a line; blank lines are skipped), .jsonl, .parquet, a folder of such files, one written by
+             ``datasets.Dataset.save_to_disk``, hub:ORG/NAME or hub:ORG/NAME:SPLIT, which is streamed from the Hugging
+             Face hub, or an iterable of str, Dialogue or rows. A generator is read whole
     field    the field of a row that holds the text. Rows with ``messages`` or ``labels`` become a Dialogue
 
     DataError for a source that is missing, empty or of another kind, and, with the line, for a row that is not right.
     """
     if isinstance(source, Texts):
         return source
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path) and str(source).startswith(HUB):
+        source = _Hub(*str(source).removeprefix(HUB).split(":", 1))
+    elif isinstance(source, str | Path):
         source = Path(source).expanduser()
     elif isinstance(source, Iterator):
         source = list(source)  # it could be gone through once only
     texts = Texts(source, field)
     if next(iter(texts), None) is None:
-        raise DataError(f"{source if isinstance(source, Path) else 'the list of texts'} is empty: it needs a text")
+        raise DataError(f"{'the list of texts' if isinstance(source, list) else source} is empty: it needs a text")
     return texts
 
 
@@ -74,11 +79,10 @@ def _rows(source: Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
     if not source.exists():
         raise DataError(f"no texts at {source}: there is no such file or folder")
     if source.is_dir():
-        return _saved_rows(source)
-    readers = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
-    if source.suffix not in readers:
-        raise DataError(f"cannot tell what {source} is: texts come as {', '.join(readers)} or a saved data set")
-    return readers[source.suffix](source)
+        return _folder_rows(source)
+    if source.suffix not in READERS:
+        raise DataError(f"cannot tell what {source} is: texts come as {', '.join(READERS)} or a saved data set")
+    return READERS[source.suffix](source)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -112,6 +116,41 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} is not a parquet file: {error}") from error
 
 
+READERS = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+
+
+def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a saved data set, or of all files of texts in a folder, by name."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
+    if not files or (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        yield from _saved_rows(folder)
+        return
+    for path in files:
+        yield from READERS[path.suffix](path)
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """A data set of the Hugging Face hub, or a folder laid out like one, streamed."""
+
+    name: str
+    split: str = "train"
+
+    def __iter__(self) -> Iterator[Any]:
+        import datasets
+        from datasets.exceptions import DatasetsError
+
+        try:
+            rows = datasets.load_dataset(self.name, split=self.split, streaming=True)
+            yield from rows
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"cannot read {self}: {reason}") from error
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.name}:{self.split}"
+
+
 def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
     import datasets
 
@@ -119,6 +158,7 @@ def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
         splits = ", ".join(str(part) for part in sorted(folder.iterdir()) if part.is_dir())
         raise DataError(f"{folder} holds several data sets: give one of {splits}")
     if not (folder / "state.json").exists():
-        raise DataError(f"{folder} is not a data set: `datasets.Dataset.save_to_disk` writes a state.json")
+        wanted = f"{', '.join(READERS)} files, or the state.json that `datasets.Dataset.save_to_disk` writes"
+        raise DataError(f"{folder} is not a data set: a folder of texts has {wanted}")
     for i, row in enumerate(datasets.Dataset.load_from_disk(str(folder))):
         yield f"{folder} row {i}", row

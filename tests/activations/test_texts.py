@@ -111,3 +111,21 @@ def test_files_that_are_not_what_their_name_says(tmp_path):
     (tmp_path / "texts.txt").write_bytes(b"one\n\xff\xfe")
     with pytest.raises(DataError, match=r"texts.txt is not UTF-8 text"):
         list(read_texts(tmp_path / "texts.txt"))
+
+
+def test_a_folder_of_files_is_read_by_name(tmp_path):
+    (tmp_path / "b.txt").write_text("third\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "notes.md").write_text("not a text")
+    assert list(read_texts(tmp_path)) == ["first", "second", "third"]
+
+
+def test_a_data_set_of_the_hub_is_streamed_and_shared_out(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(7)))
+    texts = read_texts(f"hub:{tmp_path / 'data'}")
+    assert list(texts) == list(texts) == [f"text {i}" for i in range(7)]
+    assert list(texts.share(1, 3)) == ["text 1", "text 4"]
+    assert sorted([*texts.share(0, 2), *texts.share(1, 2)]) == sorted(texts)
+    with pytest.raises(DataError, match=r"cannot read hub:.*data:validation"):
+        read_texts(f"hub:{tmp_path / 'data'}:validation")
