@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sae_persona.activations.lm import wrap_lm as wrap_lm
     from sae_persona.activations.stream import StreamConfig as StreamConfig
     from sae_persona.activations.stream import stream as stream
+    from sae_persona.activations.stream import streams as streams
     from sae_persona.attribution.rank import RankConfig as RankConfig
     from sae_persona.attribution.rank import rank as rank
     from sae_persona.attribution.ranking import Ranking as Ranking
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
     from sae_persona.features.stats import LatentStats as LatentStats
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
+    from sae_persona.sae.checkpoints import Checkpoints as Checkpoints
     from sae_persona.sae.formats import hook_metadata as hook_metadata
     from sae_persona.sae.formats import load_sae as load_sae
     from sae_persona.sae.formats import save_sae as save_sae
     from sae_persona.sae.model import SAE as SAE
     from sae_persona.sae.quality import quality as quality
     from sae_persona.sae.recipe import TrainConfig as TrainConfig
+    from sae_persona.sae.train import Job as Job
     from sae_persona.sae.train import train as train
+    from sae_persona.sae.train import train_many as train_many
     from sae_persona.steering.answers import answer as answer
     from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
@@ -48,7 +52,7 @@ _HOMES = {
     "activations.dialogues": ("Dialogue",),
     "activations.hooks": ("read",),
     "activations.lm": ("LM", "load_lm", "wrap_lm"),
-    "activations.stream": ("StreamConfig", "stream"),
+    "activations.stream": ("StreamConfig", "stream", "streams"),
     "attribution.rank": ("RankConfig", "rank"),
     "attribution.ranking": ("Ranking",),
     "errors": ("SaePersonaError",),
@@ -56,11 +60,12 @@ _HOMES = {
     "features.stats": ("LatentStats",),
     "report.page": ("write_report",),
     "runs": ("Run",),
+    "sae.checkpoints": ("Checkpoints",),
     "sae.formats": ("hook_metadata", "load_sae", "save_sae"),
     "sae.model": ("SAE",),
     "sae.quality": ("quality",),
     "sae.recipe": ("TrainConfig",),
-    "sae.train": ("train",),
+    "sae.train": ("Job", "train", "train_many"),
     "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene",),
     "steering.export.native": ("export", "load_intervention"),
