@@ -141,19 +141,25 @@ def grid(
     dtype: Dtype = "float32",
     compile: Compile = False,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an SAE for each hook point, width and k from one pass of the model, and draw L0 against what it costs."""
     _check_rule(kernels, training)
     _check_trackers(place)
-    lm = _load(model, device, dtype, blocks, compiled=compile)
-    points = [HookPoint.parse(text) for text in hook]
+    lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
+    points = list(dict.fromkeys(HookPoint.parse(text) for text in hook))
     for point in points:
         lm.check(point)
     streaming = _as_stored(texts, streaming)
     for path in (texts, held_out):
         stages.check_texts(lm, path, streaming)
     configs = [replace(training, n_latents=n, k=each) for n in counts(n_latents) for each in counts(k)]
+    if dry_run:
+        on_gpu = kernels if device.startswith("cuda") else None
+        plans = [stages.plan(lm, point, streaming, config, on_gpu) for point in points for config in configs]
+        typer.echo("\n\n".join([*plans, f"{len(plans)} SAEs at once, from one pass of the model"]))
+        return
     runs = stages.grid_stage(
         out, lm, points, texts, configs, streaming=streaming, kernels=kernels, place=place, held_out=held_out,
         resume=resume,
@@ -204,7 +210,7 @@ def cache_make(
     if Store.is_at(texts):
         raise ConfigError(f"{texts} is an activation store already: give the texts")
     lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
-    hooks = [HookPoint.parse(text) for text in hook]
+    hooks = list(dict.fromkeys(HookPoint.parse(text) for text in hook))
     for point in hooks:
         lm.check(point)
     stages.check_texts(lm, texts, streaming)

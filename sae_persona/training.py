@@ -381,7 +381,7 @@ def plan(
     lines = [
         f"{training.rule} SAE of {training.n_latents} latents, k {training.k}, width {lm.d_model}, at {hook}",
         f"{steps} of {streaming.batch_tokens} activations; learning rate {training.peak_lr:.2e}",
-        f"shuffle buffer {streaming.buffer_tokens * lm.d_model * 4 / 1e6:.1f} MB",
+        f"shuffle buffer {streaming.buffer_tokens * lm.d_model * lm.dtype.itemsize / 1e6:.1f} MB",
     ]
     if kernels is not None:
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"

@@ -203,6 +203,8 @@ def test_a_grid_is_trained_from_one_pass_and_compared(texts, tmp_path):
     same_sae(tmp_path / "alone", tmp_path / "grid" / "layers.3.resid_post-64-k4")
     again = run(*flags)
     assert again.returncode == 2 and "is not empty" in again.stderr
+    dry = run(*flags[:3], "--out", tmp_path / "dry", *flags[5:], "--dry-run")
+    assert dry.returncode == 0 and "8 SAEs at once" in dry.stdout and not (tmp_path / "dry").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_training(texts, tmp_path):
