@@ -20,8 +20,11 @@ class Letters:
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **_) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[1] * add_special_tokens + [3 + ord(letter) % 64 for letter in text])
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_) -> SimpleNamespace:
+        def ids(one: str) -> list[int]:
+            return [1] * add_special_tokens + [3 + ord(letter) % 64 for letter in one]
+
+        return SimpleNamespace(input_ids=ids(text) if isinstance(text, str) else [ids(one) for one in text])
 
 
 @pytest.fixture(scope="module")
