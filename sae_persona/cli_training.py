@@ -1,5 +1,6 @@
 """Commands that make SAEs and activation stores: `train`, `grid`, `cache`."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from sae_persona import training as stages
-from sae_persona.activations.lm import LM, load_lm
+from sae_persona.activations.lm import LM, checked_device, load_lm
 from sae_persona.activations.store import Store
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result
@@ -60,10 +61,18 @@ def _check_rule(kernels: KernelConfig, training: TrainConfig) -> None:
         raise ConfigError(f"precision fp8 is for rule topk, got {training.rule}: choose bf16, or --rule topk")
 
 
-def _check_trackers(place: PlaceConfig) -> None:
-    """ConfigError for a tracker whose package is not there, before anything is loaded."""
+def _check_place(place: PlaceConfig) -> None:
+    """An error for a tracker whose package or a device that is not there, before anything is loaded."""
     for name in place.log:
         check_tracker(name)
+    if place.sae_device is not None:
+        checked_device(place.sae_device)
+
+
+def _check_alone(command: str) -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ConfigError(f"{command} is for one process, torchrun has started {world}: start it alone")
 
 
 def _as_stored(texts: Path, streaming: StreamConfig) -> StreamConfig:
@@ -80,7 +89,7 @@ def train(
     model: Model,
     texts: TextsArgument,
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
-    hook: Annotated[str, typer.Option(help=f"Hook point: {Hook}.")],
+    hook: Annotated[list[str], typer.Option(help=f"Hook point: {Hook}.")],
     streaming: StreamConfig,
     training: TrainConfig,
     kernels: KernelConfig,
@@ -97,25 +106,34 @@ def train(
     """Train an SAE on the streamed activations of a model at one hook point."""
     _check_rule(kernels, training)
     # what a GPU would take can be asked for where there is none
-    _check_trackers(place)
+    _check_place(place)
+    if len(hook) > 1:
+        raise ConfigError(f"train is for one hook point, got {len(hook)}: use grid")
+    if resume and force:
+        raise ConfigError("--resume goes on with a run and --force replaces it: give one of them")
     with joined(device) as shard:
         # a rank has the GPU of its number
         device = f"cuda:{torch.cuda.current_device()}" if shard.world > 1 and device.startswith("cuda") else device
         lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
-        point = HookPoint.parse(hook)
+        point = HookPoint.parse(hook[0])
         lm.check(point)
         streaming = _as_stored(texts, streaming)
-        for path in [texts, *([held_out] if held_out else [])]:
-            stages.check_texts(lm, path, streaming)
+        stages.check_texts(lm, texts, streaming, store=True)
+        if held_out is not None:
+            stages.check_texts(lm, held_out, streaming)
         if dry_run:
             on_gpu = device.startswith("cuda")
             typer.echo(stages.plan(lm, point, streaming, training, kernels if on_gpu else None))
             return
         settings = {"streaming": streaming, "training": training, "kernels": kernels, "place": place, "shard": shard}
         if shard.rank:
-            stages.train_stage(Run(out), lm, point, texts, **settings)
+            shard.total(1)  # the first rank has made the folder
+            stages.train_stage(Run(out), lm, point, texts, held_out=held_out, **settings)
             return
+        if resume and not (out / "checkpoints").is_dir() and not (out / "sae").is_dir():
+            say(f"no checkpoint in {out}: from the first step on")
         with Run.making(out, force=force, resume=resume) as run:
+            shard.total(1)
             stages.train_stage(run, lm, point, texts, held_out=held_out, **settings)
         typer.echo(describe(run))
 
@@ -146,14 +164,15 @@ def grid(
 ) -> None:
     """Train an SAE for each hook point, width and k from one pass of the model, and draw L0 against what it costs."""
     _check_rule(kernels, training)
-    _check_trackers(place)
+    _check_place(place)
+    _check_alone("grid")
     lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
     points = list(dict.fromkeys(HookPoint.parse(text) for text in hook))
     for point in points:
         lm.check(point)
     streaming = _as_stored(texts, streaming)
-    for path in (texts, held_out):
-        stages.check_texts(lm, path, streaming)
+    stages.check_texts(lm, texts, streaming, store=True)
+    stages.check_texts(lm, held_out, streaming)
     configs = [replace(training, n_latents=n, k=each) for n in counts(n_latents) for each in counts(k)]
     if dry_run:
         on_gpu = kernels if device.startswith("cuda") else None
@@ -209,6 +228,7 @@ def cache_make(
     """Write the activations of a model on texts, in their order, as HDF5 shards."""
     if Store.is_at(texts):
         raise ConfigError(f"{texts} is an activation store already: give the texts")
+    _check_alone("cache")
     lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
     hooks = list(dict.fromkeys(HookPoint.parse(text) for text in hook))
     for point in hooks:

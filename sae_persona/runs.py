@@ -50,7 +50,8 @@ def versions() -> dict[str, str | None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, mark: str | None = None) -> None:
-    """Let ``write`` fill a temporary file or folder beside ``path``, then put it in place in one rename.
+    """Let ``write`` fill a temporary file or folder beside ``path``, then put it in place: in one rename, but that a
+    folder which is replaced is renamed away first.
 
     mark   for a folder: the file that tells that one is of this kind, and may be replaced
 
@@ -71,6 +72,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mark: str | None
             shutil.rmtree(old)
         else:
             temporary.replace(path)
+        _flush_names(path.parent)
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise RunError(f"cannot write {path}: {reason}. Free some space or choose another --out.") from error
@@ -79,6 +81,15 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mark: str | None
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+
+
+def _flush_names(folder: Path) -> None:
+    """The folder's entries, to the disk: a rename is lost with the power otherwise."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
@@ -146,16 +157,14 @@ class Run:
         """Make a run folder for what the block does. If the block ends in an error, the folder is gone again.
 
         force    replace a run that is there; it comes back after an error
-        resume   go on with a run that is there and has not been trained to the end
+        resume   go on with a run that is there, or make one
 
-        A folder with a checkpoint stays after an error: it can be resumed. RunError if something else is there.
+        A folder with a checkpoint, or with all that was trained, stays after an error: it can be resumed. RunError if
+        something else is there.
         """
         path, old = Path(path), None
         if resume and _taken(path):
-            run = cls.open(path)
-            if run.has("train"):
-                raise RunError(f"{path} is trained to the end: there is nothing to resume")
-            yield run
+            yield cls.open(path)
             return
         if force and _taken(path):
             if not (path / "manifest.json").is_file():
@@ -166,7 +175,7 @@ class Run:
             made = cls.create(path)
             yield made
         except BaseException:  # an interrupt too must bring the old run back
-            if made and made.checkpoints.is_dir():
+            if made and (any(made.checkpoints.glob("step-*")) or made.has("train")):
                 if old:
                     shutil.rmtree(old)
                 raise

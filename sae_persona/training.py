@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sae_persona.activations.ahead import ahead
-from sae_persona.activations.lm import LM, load_lm
+from sae_persona.activations.lm import LM, checked_device, load_lm
 from sae_persona.activations.sequences import sequences
 from sae_persona.activations.shuffle import Chunk
 from sae_persona.activations.store import FromStore, Store, Writer
@@ -29,7 +29,7 @@ from sae_persona.sae.train import Diverged, Job, train_many
 from sae_persona.types import HookPoint
 
 Source = str | Path | Sequence[Any] | Texts
-UNTOLD = {"ahead"}  # settings of a stream that change nothing of what comes out
+UNTOLD = {"ahead", "buffer_on_host", "log_every"}  # settings that change nothing of what comes out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,11 @@ def train_stage(
     Goes on from the run's checkpoint where there is one.
     """
     settings = {"streaming": streaming, "kernels": kernels, "place": place, "shard": shard, "progress": progress}
-    train_members(lm, texts, {"": Member(run, hook, training, on_step)}, checkpoints=run.checkpoints, **settings)
+    trained = shard.total(shard.rank == 0 and run.has("train")) > 0
+    if trained and (held_out is None or run.has("quality")):
+        raise RunError(f"{run.path} is trained to the end: there is nothing to resume")
+    if not trained:
+        train_members(lm, texts, {"": Member(run, hook, training, on_step)}, checkpoints=run.checkpoints, **settings)
     if shard.rank:
         return None
     if held_out is not None:
@@ -158,10 +162,17 @@ def train_members(
         "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
         "streaming": asdict(streaming),
         "texts": input_facts(texts),
+        "dtype": str(lm.dtype).removeprefix("torch."),
     }
     facts = _told(shared, jobs, kernels)
     kept = Checkpoints(checkpoints, minutes=place.checkpoint_minutes, facts=facts, shard=shard)
-    settings = {"kernels": kernels, "device": _device(place), "shard": shard, "checkpoints": kept, "progress": progress}
+    settings = {
+        "kernels": kernels,
+        "device": _device(place) or lm.device,
+        "shard": shard,
+        "checkpoints": kept,
+        "progress": progress,
+    }
     if shard.rank:
         train_many(batches, jobs, **settings)
         return
@@ -195,7 +206,7 @@ def _tracked(job: Job, names: Sequence[str], run: Run, config: dict[str, Any]) -
 
 
 def _device(place: PlaceConfig) -> torch.device | None:
-    return None if place.sae_device is None else torch.device(place.sae_device)
+    return None if place.sae_device is None else checked_device(place.sae_device)
 
 
 def _trained(
@@ -255,10 +266,20 @@ def grid_stage(
 def _told(shared: Mapping[str, Any], jobs: Mapping[str, Job], kernels: KernelConfig | None) -> dict[str, Any]:
     """What must be the same where a run goes on."""
     streaming = {name: value for name, value in shared["streaming"].items() if name not in UNTOLD}
-    training = {name: {**asdict(job.config), "hook": job.source} for name, job in jobs.items()}
+    training = {}
+    for name, job in jobs.items():
+        config = {key: value for key, value in asdict(job.config).items() if key not in UNTOLD}
+        training[name] = {**config, "hook": job.source}
     if set(training) == {""}:
         training = training[""]
-    return {**shared, "streaming": streaming, "training": training, "kernels": kernels and asdict(kernels)}
+    texts = shared["texts"]["sha256"] or shared["texts"]["path"]  # moved texts are the same texts
+    return {
+        **shared,
+        "texts": texts,
+        "streaming": streaming,
+        "training": training,
+        "kernels": kernels and asdict(kernels),
+    }
 
 
 def _keep(sae: SAE | None, run: Run, metadata: dict[str, str]) -> str:
@@ -364,9 +385,14 @@ def _on_host(chunk: Chunk) -> Chunk:
     return chunk._replace(rows={name: rows.cpu() for name, rows in chunk.rows.items()})
 
 
-def check_texts(lm: LM, source: Source, streaming: StreamConfig) -> None:
-    """DataError unless at least one of the texts has a token to read: before anything is made for nothing."""
+def check_texts(lm: LM, source: Source, streaming: StreamConfig, *, store: bool = False) -> None:
+    """DataError unless at least one of the texts has a token to read: before anything is made for nothing.
+
+    store   an activation store will do, too
+    """
     if isinstance(source, str | Path) and Store.is_at(source):
+        if not store:
+            raise DataError(f"{source} is an activation store, these texts go through the model: give the texts")
         return
     if next(sequences(lm, read_texts(source), streaming.context_size, streaming.tokens), None) is None:
         wanted = "a token" if streaming.tokens == "all" else "an answer: --tokens answers needs dialogues"

@@ -211,3 +211,43 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_training(texts, tmp_
     done = run(*train(texts, tmp_path / "run", "--log", "trackio"))
     assert done.returncode == 2 and "--log trackio needs the package trackio" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hook", "layers.2"], "train is for one hook point, got 2: use grid"),
+        (["--resume", "--force"], "--resume goes on with a run and --force replaces it: give one of them"),
+        (["--sae-device", "foo"], "a device reads cpu, cuda or cuda:N, got 'foo'"),
+        (["--sae-device", "cuda:7"], "CUDA devices here, no cuda:7: choose another, or cpu"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_requests_that_contradict_themselves(flags, message, texts, tmp_path):
+    done = run(*train(texts, tmp_path / "run", *flags))
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def test_what_is_trained_stays_when_the_held_out_texts_fail_and_resume_measures_it(texts, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    good_lines = texts.with_name("held_out.jsonl").read_text().splitlines()[:20]
+    bad.write_text("\n".join([*good_lines * 5, "not JSON"]) + "\n")  # so far on that nobody has looked before
+    flags = train(texts, tmp_path / "run", "--steps", 12)
+    done = run(*flags, "--held-out", bad)
+    assert done.returncode == 2 and "is not JSON" in done.stderr
+    assert (tmp_path / "run" / "sae").is_dir()
+    bad.write_text("\n".join(good_lines) + "\n")
+    again = run(*flags, "--held-out", bad, "--resume")
+    assert again.returncode == 0 and "held-out: FVU" in again.stdout, again.stderr
+    assert "nothing to resume" in run(*flags, "--held-out", bad, "--resume").stderr
+
+
+def test_grid_and_cache_are_for_one_process(texts, tmp_path):
+    for command_line in (
+        ["grid", "lab", texts, "--out", tmp_path / "o", *FLAGS[:6], "--held-out", texts],
+        ["cache", "lab", texts, "--out", tmp_path / "o", *FLAGS[:6]],
+    ):
+        env = {**os.environ, "WORLD_SIZE": "2"}
+        done = subprocess.run(command(*command_line), capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 2 and "is for one process, torchrun has started 2" in done.stderr
+        assert not (tmp_path / "o").exists()

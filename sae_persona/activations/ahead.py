@@ -7,6 +7,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
+PATIENCE = 30  # seconds for an item in hand, when nobody wants it any longer
 POLL = 0.1  # seconds between two looks at whether anyone still wants the items
 
 
@@ -42,7 +43,8 @@ def _from_thread(items: Iterable[T], n: int) -> Iterator[T]:
         except BaseException as error:  # noqa: BLE001 whatever it is, it belongs to who asks for the items
             put((False, error))
 
-    threading.Thread(target=work, daemon=True, name="ahead").start()
+    thread = threading.Thread(target=work, daemon=True, name="ahead")
+    thread.start()
     try:
         while True:
             there, item = queue.get()
@@ -53,3 +55,4 @@ def _from_thread(items: Iterable[T], n: int) -> Iterator[T]:
             yield item  # pyright: ignore[reportReturnType]
     finally:
         done.set()
+        thread.join(timeout=PATIENCE)

@@ -96,6 +96,17 @@ class LM:
             )
 
 
+def checked_device(name: str) -> torch.device:
+    """The device of that name. RunError if there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RunError(f"a device reads cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise RunError(f"there are {torch.cuda.device_count()} CUDA devices here, no {name}: choose another, or cpu")
+    return device
+
+
 def load_lm(
     name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, blocks: str | None = None
 ) -> LM:
@@ -109,12 +120,7 @@ def load_lm(
     import transformers
     from safetensors import SafetensorError
 
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise RunError(f"a device reads cpu, cuda or cuda:N, got {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"no CUDA device here, so {name} cannot go to {device}: pass --device cpu")
+    checked_device(device)
     source, on_disk = _source(str(name))
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore

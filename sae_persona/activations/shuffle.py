@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sae_persona.activations.sequences import Place
-from sae_persona.errors import ConfigError
+from sae_persona.errors import ConfigError, DataError
 from sae_persona.types import State
 
 Rows = dict[str, Tensor]
+CPU = torch.device("cpu")
 
 
 class Chunk(NamedTuple):
@@ -44,6 +45,7 @@ class Shuffle:
     """An iterator that mixes the rows of a stream: fill a buffer, serve a random half of it in batches, fill it again.
 
     source   the chunks from a place on; how the rows are cut makes no difference
+    device   where the rows are
     host     keep the buffer in the host's memory, pinned, even if the rows are on a GPU
 
     Each batch has [batch_tokens, d] by name. Every row comes once, except that rows left at the end which do not fill
@@ -52,15 +54,17 @@ class Shuffle:
     """
 
     def __init__(
-        self, source: Callable[[Place], Iterator[Chunk]], sizes: Sizes, *, seed: int, host: bool = False
-    ) -> None:
-        self._source, self._sizes, self._host = source, sizes, host
+        self, source: Callable[[Place], Iterator[Chunk]], sizes: Sizes, *, seed: int,
+        device: torch.device = CPU, host: bool = False,
+    ) -> None:  # fmt: skip
+        self._source, self._sizes, self._host, self._device = source, sizes, host, device
         self._chunks = source(Place())
         self._generator = torch.Generator().manual_seed(seed)
         self._buffer: Rows = {}
         self._chunk = Chunk(Place(), Place(), {})
         self._taken = self._of = 0  # rows of the chunk in the buffer, rows of the chunk
         self._order: Tensor | None = None  # of the rows in the buffer, while they are served
+        self._here: Tensor | None = None  # the same beside the buffer
         self._n = self._at = self._stop = 0  # rows in the buffer; served up to, to be served up to, in that order
         self._served = self._ended = False
 
@@ -74,7 +78,8 @@ class Shuffle:
             self._deal()
             if self._stop == 0:
                 raise StopIteration
-        rows = self._order[self._at : min(self._at + self._sizes.batch_tokens, self._stop)]
+        assert self._here is not None, "an order is dealt on both sides"
+        rows = self._here[self._at : min(self._at + self._sizes.batch_tokens, self._stop)]
         self._at += self._sizes.batch_tokens
         self._served = True
         return {name: self._pick(x, rows) for name, x in self._buffer.items()}
@@ -93,19 +98,19 @@ class Shuffle:
         done = self._taken == self._of
         numbers = {name: getattr(self, f"_{name}") for name in ("n", "at", "stop", "served", "ended")}
         numbers |= {"place": list(self._chunk.end if done else self._chunk.start), "taken": 0 if done else self._taken}
-        devices = {name: str(x.device) for name, x in self._buffer.items()}
-        return State(tensors, {**numbers, "devices": devices})
+        return State(tensors, numbers)
 
     def restore(self, state: State) -> Self:
         """Go on from a `snapshot` of a shuffle of the same source, sizes and seed; self."""
         n, place = state.numbers, Place(*state.numbers["place"])
         self._generator.set_state(state.tensors["generator"])
         self._order = state.tensors.get("order")
+        self._here = None if self._order is None else self._order.to(self._place)
         self._n, self._at, self._stop = n["n"], n["at"], n["stop"]
         self._served, self._ended = n["served"], n["ended"]
         for name, x in state.of("buffer.").tensors.items():
-            self._make(name, x, torch.device(n["devices"][name]))
-            self._buffer[name][: self._n] = x.to(n["devices"][name])
+            self._make(name, x)
+            self._buffer[name][: self._n] = x.to(self._buffer[name].device)
         self._chunks = self._source(place)
         self._chunk = Chunk(place, place, {})
         if n["taken"]:
@@ -121,11 +126,17 @@ class Shuffle:
             taken = min(self._of - self._taken, self._sizes.buffer_tokens - self._n)
             for name, rows in self._chunk.rows.items():
                 if name not in self._buffer:
-                    self._make(name, rows, rows.device)
+                    self._make(name, rows)
+                if rows.dtype != self._buffer[name].dtype:
+                    raise DataError(
+                        f"activations were {self._buffer[name].dtype}, now {rows.dtype}: load the model as then"
+                    )
                 part = rows[self._taken : self._taken + taken]
                 self._buffer[name][self._n : self._n + taken].copy_(part, non_blocking=True)
             self._n += taken
             self._taken += taken
+        if self._host and self._device.type == "cuda":  # what the host is about to read has to have arrived
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _next_chunk(self) -> None:
         found = next(self._chunks, None)
@@ -140,6 +151,7 @@ class Shuffle:
     def _deal(self) -> None:
         """Put the rows of the buffer in a random order, and say how many of them are served."""
         self._order = torch.randperm(self._n, generator=self._generator)
+        self._here = self._order.to(self._place)  # once, since each such copy makes the host wait for the GPU
         self._at, batch = 0, self._sizes.batch_tokens
         if self._n == self._sizes.buffer_tokens:
             self._stop = max(self._n // 2 // batch, 1) * batch
@@ -148,23 +160,25 @@ class Shuffle:
 
     def _close_up(self) -> None:
         """Put what was not served at the front."""
-        if self._order is None:
+        if self._order is None or self._here is None:
             return
-        left = self._order[self._stop :]
+        left = self._here[self._stop :]
         for x in self._buffer.values():
-            x[: len(left)] = x[left.to(x.device)]
+            x[: len(left)] = x[left]
         self._n, self._order = len(left), None
 
-    def _make(self, name: str, like: Tensor, device: torch.device) -> None:
+    @property
+    def _place(self) -> torch.device:
+        """Of the buffer."""
+        return CPU if self._host else self._device
+
+    def _make(self, name: str, like: Tensor) -> None:
         shape = self._sizes.buffer_tokens, like.shape[1]
-        if device.type == "cpu" or self._host:
-            pinned = torch.cuda.is_available() and self._host
-            self._buffer[name] = torch.empty(shape, dtype=like.dtype, pin_memory=pinned)
-        else:
-            self._buffer[name] = torch.empty(shape, dtype=like.dtype, device=device)
+        pinned = self._host and self._device.type == "cuda"
+        self._buffer[name] = torch.empty(shape, dtype=like.dtype, device=self._place, pin_memory=pinned)
 
     def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
         if not x.is_pinned():
-            return x[rows.to(x.device)]
+            return x[rows]
         # a copy out of pinned memory into pinned memory, from which it travels beside other work
         return torch.index_select(x, 0, rows, out=torch.empty(len(rows), x.shape[1], dtype=x.dtype, pin_memory=True))

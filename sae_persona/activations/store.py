@@ -62,6 +62,8 @@ class Store:
         self.path = Path(path)
         if not self.path.is_dir():
             raise RunError(f"no activation store at {path}: `sae-persona cache` makes one")
+        if not (self.path / RECORD).is_file():
+            raise FormatError(f"{path} is no activation store, it has no {RECORD}: `sae-persona cache` makes one")
         record = read_json(self.path / RECORD, "activation store")
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             found = record.get("format") if isinstance(record, dict) else None
@@ -125,7 +127,7 @@ class Store:
                     sums[name].update(_raw(x))
         except FormatError as error:
             return str(error)
-        bad = [name for name, digest in sums.items() if digest.hexdigest() != shard.sums[name]]
+        bad = [name for name, digest in sums.items() if digest.hexdigest() != shard.sums.get(name)]
         return f"the activations at {', '.join(bad)} are not those that were written" if bad else None
 
 
@@ -233,8 +235,10 @@ class Writer:
                     entered, number = disk.submit(self._enter, shard), number + 1
             if entered is not None:
                 entered.result()
-        except OSError as error:
-            reason = error.strerror or error
+        except RunError:
+            raise
+        except (OSError, RuntimeError) as error:  # HDF5 raises the latter where a full disk keeps it from closing
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise RunError(f"cannot write {self.path}: {reason}. Free some space or choose another --out.") from error
         finally:
             for left in self.path.glob(".*.part"):

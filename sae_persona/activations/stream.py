@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 from sae_persona.activations.ahead import ahead
@@ -66,6 +67,7 @@ class Source(Protocol):
 
     hooks: tuple[HookPoint, ...]
     d_in: int
+    device: torch.device
 
     def chunks(self, start: Place) -> Iterator[Chunk]:
         """The rows of one round from a place on."""
@@ -93,7 +95,7 @@ class Stream:
     def __iter__(self) -> Shuffle:
         config = self.config
         sizes = Sizes(buffer_tokens=config.buffer_tokens, batch_tokens=config.batch_tokens)
-        return Shuffle(self._chunks, sizes, seed=config.seed, host=config.buffer_on_host)
+        return Shuffle(self._chunks, sizes, seed=config.seed, device=self.source.device, host=config.buffer_on_host)
 
     def resume(self, state: State) -> Shuffle:
         """An iterator that goes on where another was when it gave this `snapshot`."""
@@ -202,7 +204,7 @@ class FromModel:
 
     def __init__(self, lm: LM, hooks: Sequence[HookPoint], texts: Texts, layout: Layout, n_ahead: int) -> None:
         self.lm, self.hooks, self.texts, self.layout, self.n_ahead = lm, tuple(hooks), texts, layout, n_ahead
-        self.d_in = lm.d_model
+        self.d_in, self.device = lm.d_model, lm.device
 
     def n_rows(self) -> int:
         lm, layout = self.lm, self.layout

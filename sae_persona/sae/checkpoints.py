@@ -98,9 +98,11 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, State]:
         record = read_json(path / RECORD, "checkpoint")
-        if record.get("format") != FORMAT:
+        if not isinstance(record, dict) or not {"format", "facts", "parts"} <= record.keys():
+            raise FormatError(f"{path / RECORD} is not a checkpoint's record: start the run again")
+        if record["format"] != FORMAT:
             raise FormatError(
-                f"{path} has checkpoint format {record.get('format')}, this version reads {FORMAT}: start the run again"
+                f"{path} has checkpoint format {record['format']}, this version reads {FORMAT}: start the run again"
             )
         if changed := _differences(record["facts"], self.facts):
             raise RunError(

@@ -1,6 +1,7 @@
 """Train SAEs on any iterable of activation batches, one or several from the same batches."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -172,6 +173,8 @@ class _Loop:
             for name, trainer in self.trainers.items():
                 with self._kept(name, trainer):
                     meters[name].close(trainer, bar)
+        if self.checkpoints is not None and self.done >= len(self.head):
+            self._save()  # so that nothing is lost while the SAE is finished
         bar.total = bar.n  # 100 % whatever number of batches came
         bar.refresh()
 
@@ -215,11 +218,15 @@ class _Loop:
             due = self.checkpoints.due
         if not (signal or due):
             return
-        parts = {"feed": self.feed.snapshot()}
-        parts |= {f"sae-{i}": trainer.snapshot() for i, trainer in enumerate(self.trainers.values())}
-        path = self.checkpoints.save(self.done, parts)
+        path = self._save()
         if signal:
             raise Interrupted(f"{Signal(signal).name} after step {self.done}: its checkpoint is {path}", signal)
+
+    def _save(self) -> Path:
+        assert self.checkpoints is not None, "there is a folder for checkpoints"
+        parts = {"feed": self.feed.snapshot()}
+        parts |= {f"sae-{i}": trainer.snapshot() for i, trainer in enumerate(self.trainers.values())}
+        return self.checkpoints.save(self.done, parts)
 
     def _started(self, kernels: KernelConfig | None) -> dict[str, Trainer]:
         self.head = [self._exchanged(batch) for batch in islice(self.feed, HEAD)]
@@ -296,5 +303,12 @@ def _metered(job: Job, done: int) -> Iterator[_Meter]:
 def _lines_until(path: Path, step: int) -> str:
     """The lines of metrics up to a step, from which training goes on; a last line may be broken off."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return "".join(line for line in whole if json.loads(line)["step"] <= step)
+    return "".join(line for line in lines if _step_of(line) <= step)
+
+
+def _step_of(line: str) -> float:
+    """Infinite for what is no whole line of metrics."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

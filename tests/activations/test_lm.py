@@ -132,7 +132,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(tmp_path):
-    with pytest.raises(RunError, match="pass --device cpu"):
+    with pytest.raises(RunError, match="there are 0 CUDA devices here"):
         load_lm(tmp_path, device="cuda")
 
 

@@ -156,7 +156,7 @@ def test_many_processes_read_it_at_once(lm, tmp_path):
 def test_what_is_no_store_is_refused(lm, tmp_path):
     with pytest.raises(RunError, match="no activation store at"):
         Store(tmp_path / "absent")
-    with pytest.raises(FormatError, match="no activation store at"):
+    with pytest.raises(FormatError, match="is no activation store, it has no store.json"):
         Store(tmp_path)
     store = written(lm, tmp_path / "store")
     with pytest.raises(RunError, match="is there already: choose another --out, or pass --resume"):

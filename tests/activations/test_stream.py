@@ -279,3 +279,25 @@ def test_activations_that_are_not_finite_are_named_on_a_gpu_too(lm):
     lm.model.to("cuda")
     with pytest.raises(DataError, match=r"layers.1.resid_post of tiny-Llama are not finite in '<s>a b'"):
         list(stream(lm, HOOK, ["a", "a b"], SMALL))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_other_ranks_go_on_from_the_earliest_text(lm, world):
+    """Of a corpus that two ranks have read in part, ``world`` others read at least all that neither has come to."""
+    texts = read_texts([f"text {chr(97 + i % 26)}{i:03}" for i in range(200)])
+    shares = [streams(lm, [HOOK], texts.share(r, 2), config(buffer_tokens=16)) for r in range(2)]
+    states = []
+    for made, n in zip(shares, (20, 30), strict=True):
+        first = iter(made)
+        for _ in range(n):
+            next(first)
+        states.append(first.snapshot())
+    earliest = min(state.numbers["place"][1] * 2 + r for r, state in enumerate(states))
+    firsts = []
+    for r in range(world):
+        share = texts.share(r, world)
+        joined = streams(lm, [HOOK], share, config(buffer_tokens=16)).join(states, r, world)
+        place = joined._chunk.start
+        firsts.append(place.text * world + r)
+        assert next(joined)[str(HOOK)].shape == (8, 16)
+    assert min(firsts) == earliest > 0 and max(firsts) < earliest + world

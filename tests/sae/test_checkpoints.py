@@ -146,6 +146,10 @@ def test_another_version_and_broken_files_are_refused(tmp_path):
     with pytest.raises(FormatError, match="has checkpoint format 99, this version reads 1"):
         break_off(tmp_path)
     shutil.copy(whole / "rank-0-of-1" / "checkpoint.json", record)
+    record.write_text('{"format": 1}')
+    with pytest.raises(FormatError, match="is not a checkpoint's record: start the run again"):
+        break_off(tmp_path)
+    shutil.copy(whole / "rank-0-of-1" / "checkpoint.json", record)
     part = path / "rank-0-of-1" / "sae-0.safetensors"
     part.write_bytes(part.read_bytes()[:-10])
     with pytest.raises(FormatError, match="step-000000011/rank-0-of-1 is broken"):
