@@ -231,7 +231,7 @@ def test_requests_that_contradict_themselves(flags, message, texts, tmp_path):
 def test_what_is_trained_stays_when_the_held_out_texts_fail_and_resume_measures_it(texts, tmp_path):
     bad = tmp_path / "bad.jsonl"
     good_lines = texts.with_name("held_out.jsonl").read_text().splitlines()[:20]
-    bad.write_text("\n".join([*good_lines * 5, "not JSON"]) + "\n")  # so far on that nobody has looked before
+    bad.write_text("\n".join([*good_lines * 20, "not JSON"]) + "\n")  # so far on that nobody has looked before
     flags = train(texts, tmp_path / "run", "--steps", 12)
     done = run(*flags, "--held-out", bad)
     assert done.returncode == 2 and "is not JSON" in done.stderr
