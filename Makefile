@@ -8,8 +8,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 demo: .venv/installed
 	$(BIN)/sae-persona demo --force
 
+test: export OMP_NUM_THREADS = 1
 test: .venv/tested
-	$(BIN)/python -m pytest
+	# two halves side by side, a core each
+	$(BIN)/python -m pytest tests/sae tests/sae_kernels > .venv/sae-tests.log 2>&1 & sae=$$!; \
+	$(BIN)/python -m pytest --ignore tests/sae --ignore tests/sae_kernels; rest=$$?; \
+	wait $$sae; sae=$$?; cat .venv/sae-tests.log; test $$rest -eq 0 -a $$sae -eq 0
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

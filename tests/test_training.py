@@ -1,5 +1,6 @@
 """The commands that make SAEs and stores, as a user runs them."""
 
+import io
 import json
 import os
 import random
@@ -8,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sae_persona import cli
 from sae_persona.lab.corpora import write_texts
 from sae_persona.runs import Run
 from sae_persona.sae.formats import load_sae
@@ -34,7 +38,15 @@ def command(*args):
 
 
 def run(*args):
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=300, check=False)
+    """The command in this process, which has torch imported already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sae-persona", *map(str, args)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def train(texts, out, *more):
@@ -242,12 +254,12 @@ def test_what_is_trained_stays_when_the_held_out_texts_fail_and_resume_measures_
     assert "nothing to resume" in run(*flags, "--held-out", bad, "--resume").stderr
 
 
-def test_grid_and_cache_are_for_one_process(texts, tmp_path):
+def test_grid_and_cache_are_for_one_process(texts, tmp_path, monkeypatch):
     for command_line in (
         ["grid", "lab", texts, "--out", tmp_path / "o", *FLAGS[:6], "--held-out", texts],
         ["cache", "lab", texts, "--out", tmp_path / "o", *FLAGS[:6]],
     ):
-        env = {**os.environ, "WORLD_SIZE": "2"}
-        done = subprocess.run(command(*command_line), capture_output=True, text=True, env=env, check=False)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        done = run(*command_line)
         assert done.returncode == 2 and "is for one process, torchrun has started 2" in done.stderr
         assert not (tmp_path / "o").exists()
