@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from sae_persona import training as stages
 from sae_persona.activations.lm import LM, checked_device, load_lm
-from sae_persona.activations.store import Store
+from sae_persona.activations.store import DTYPES, Store
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result
 from sae_persona.errors import ConfigError
@@ -34,7 +34,6 @@ TextsArgument = Annotated[
 Hook = "layers.LAYER.resid_post or resid_pre, layers from 0"
 HeldOut = Annotated[Path | None, typer.Option(help="Texts to measure the SAE's quality on.")]
 Blocks = Annotated[str | None, typer.Option(help="Module path of the model's list of blocks.")]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Annotated[str, typer.Option(help="The model's: float32, bfloat16 or float16.")]
 Compile = Annotated[bool, typer.Option(help="Compile the model's blocks: minutes at first, faster afterwards.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run at --out, from its last checkpoint.")]
@@ -105,7 +104,6 @@ def train(
 ) -> None:
     """Train an SAE on the streamed activations of a model at one hook point."""
     _check_rule(kernels, training)
-    # what a GPU would take can be asked for where there is none
     _check_place(place)
     if len(hook) > 1:
         raise ConfigError(f"train is for one hook point, got {len(hook)}: use grid")
@@ -114,6 +112,7 @@ def train(
     with joined(device) as shard:
         # a rank has the GPU of its number
         device = f"cuda:{torch.cuda.current_device()}" if shard.world > 1 and device.startswith("cuda") else device
+        # what a GPU would take can be asked for where there is none
         lm = _load(model, "cpu" if dry_run else device, dtype, blocks, compiled=compile)
         point = HookPoint.parse(hook[0])
         lm.check(point)

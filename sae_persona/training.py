@@ -80,6 +80,12 @@ def input_facts(source: Source) -> dict[str, Any]:
     return {"path": None, "sha256": None}
 
 
+def _model_facts(lm: LM) -> dict[str, Any]:
+    """What a manifest says of the model."""
+    model = {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path}
+    return {"model": model, "dtype": str(lm.dtype).removeprefix("torch.")}
+
+
 def train_stage(
     run: Run,
     lm: LM,
@@ -98,7 +104,6 @@ def train_stage(
     """Train an SAE on streamed activations; with ``held_out`` texts, measure its quality on them too.
 
     texts   what ``read_texts`` takes, or the folder of an activation store
-
     shard   one of several ranks: each reads its share of the texts, and the first alone writes, into a run that it has
             made; the others give the same ``run``, which need not be there yet, and get None
 
@@ -159,10 +164,9 @@ def train_members(
         for name, member in members.items()
     }
     shared = {
-        "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
+        **_model_facts(lm),
         "streaming": asdict(streaming),
         "texts": input_facts(texts),
-        "dtype": str(lm.dtype).removeprefix("torch."),
     }
     facts = _told(shared, jobs, kernels)
     kept = Checkpoints(checkpoints, minutes=place.checkpoint_minutes, facts=facts, shard=shard)
@@ -366,10 +370,9 @@ def cache_stage(
     assert isinstance(source, FromModel), "texts go through the model"
     layout = layout_for(lm, streaming)
     facts = {
-        "model": {"name": lm.name, "config_hash": lm.config_hash, "blocks": lm.blocks_path},
+        **_model_facts(lm),
         "hooks": [str(hook) for hook in hooks],
         "d_in": lm.d_model,
-        "dtype": str(lm.dtype).removeprefix("torch."),
         "texts": input_facts(texts),
         "context_size": streaming.context_size,
         "tokens": streaming.tokens,

@@ -17,7 +17,7 @@ counted in FLAGGED.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,9 +35,10 @@ from sae_kernels.values import BETAS, FLAGGED, LOSS, AuxGrads, Entries, PackedLi
 from sae_kernels.winners import winners
 from torch import Tensor
 
-from sae_persona.errors import ConfigError, RunError
+from sae_persona.errors import ConfigError
 from sae_persona.sae.kernel_auxk import EVERY, AuxKept, DeadSet, LateNumber, agree, dead_set, keep, room_for
 from sae_persona.sae.kernel_plan import GRAPH_BELOW, KernelConfig, padded
+from sae_persona.sae.kernel_seen import ROWS, KernelSeen
 from sae_persona.sae.kernel_state import KernelState
 from sae_persona.sae.kernel_streams import Streams
 from sae_persona.sae.shard import ALONE, Shard
@@ -46,58 +47,7 @@ from sae_persona.sae.step import Weights, threshold_lr
 
 BESIDE = Shape(256, 2)  # of the decoder's update beside the product, which leaves it few registers
 WARM = 3  # steps before one is captured as a graph
-ROWS = 1024  # of a tensor that is looked at in fp32 at once
 MOST_GRAPHS = 4  # kept: one for each size of batch and of the room for dead latents
-
-
-@dataclass(frozen=True)
-class KernelSeen:
-    """What a step saw, on the device until it is asked for. The next step overwrites it.
-
-    rule       as it was, with the k of the step
-    z [n, d]   whole [blocks, n]: parts of the squared errors of the whole dictionary   entries: what fired
-    left       None or [n, d]: what AuxK left of the error
-    full       None or [1]: ranks that had no room for all that fires on theirs
-    """
-
-    step: "KernelStep"
-    rule: TrainingRule
-    z: Tensor
-    whole: Tensor
-    entries: Entries
-    left: Tensor | None
-    full: Tensor | None = None
-
-    def measures(self) -> dict[str, float]:
-        """As `Seen.measures`; with fp8 also its recall. RunError if more latents fired than there was room for."""
-        step, n = self.step, len(self.z)
-        loss = float(step.scalars[LOSS])
-        shares = {"auxk": 0.0 if self.left is None else step.auxk_share(self.left)}
-        fires = int(self._fires().sum())
-        if isinstance(self.rule, JumpReLU):
-            assert self.entries.active is not None, "JumpReLU counts active latents"
-            l0 = int(self.entries.active.sum()) / n
-            if self._is_full():
-                raise RunError(f"{l0:.0f} latents fire on a token, more than there is room for: raise spare, or k")
-            shares["sparsity"] = float(self.rule.loss(torch.tensor(l0)))
-        found = {"loss": loss + sum(shares.values()), **shares, "fvu": float(self.whole.sum()) / _variance(self.z)}
-        found["l0"] = fires / n
-        if step.recall is not None:
-            found["recall"] = step.recall
-        return found
-
-    def _fires(self) -> Tensor:
-        """Parts of the number of latents that fire, on all ranks."""
-        if self.step.shard.world == 1:
-            return self.entries.acts > 0
-        assert self.entries.active is not None, "ranks tell each other how many fire"
-        return self.entries.active
-
-    def _is_full(self) -> bool:
-        """Whether there was no room for some entries, on any rank."""
-        if self.full is None:
-            return int(self.entries.offsets[-1]) == len(self.entries.acts)
-        return bool(self.full)
 
 
 class KernelStep:
@@ -521,10 +471,3 @@ class KernelStep:
             self._graphs.clear()
             kept = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return kept[:size].view(shape)
-
-
-def _variance(z: Tensor) -> float:
-    """Squared distance of the rows [n, d] from their mean, summed; in parts, since a copy in fp32 may not fit."""
-    total = torch.stack([part.double().sum(dim=0) for part in z.split(ROWS)]).sum(dim=0)
-    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in z.split(ROWS))
-    return squares - float(total.square().sum()) / len(z)

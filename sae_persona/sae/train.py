@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.runs import write_text
-from sae_persona.sae.checkpoints import Checkpoints, Interrupted, signals_held
+from sae_persona.sae.checkpoints import Checkpoints, Interrupted, Signals, signals_held
 from sae_persona.sae.feed import ONLY, Batch, Feed
 from sae_persona.sae.kernel_plan import DEFAULT_KERNELS, KernelConfig
 from sae_persona.sae.model import SAE
@@ -76,8 +76,8 @@ def train(
     On a CUDA device a step runs through the Triton kernels, as ``kernels`` says; None: in plain torch, as on a CPU.
 
     Training starts centred and scaled, and the SAE reads raw activations. With batch_topk it ends as a Threshold
-    calibrated to k latents a token over the last batches, with jumprelu as the Threshold that was trained, from one
-    calibrated over the first.
+    calibrated to k latents a token over batches after the last step, with jumprelu as the Threshold that was trained,
+    from one calibrated over the first.
 
     Every ``log_every`` steps, and after the last, one line goes to ``out`` (a metrics.jsonl) and to ``on_step``: step,
     tokens, loss, auxk and with jumprelu sparsity (their shares of the loss), fvu, l0, dead (share), lr, tokens_per_s.
@@ -162,14 +162,14 @@ class _Loop:
 
     def run(self, meters: Mapping[str, "_Meter"], bar: tqdm) -> None:
         """All steps that are left."""
-        with signals_held() if self.checkpoints else ExitStack() as held:
+        with signals_held() if self.checkpoints else nullcontext(Signals()) as held:
             for batch in chain(self.head, map(self._exchanged, self.feed)):
                 for name, trainer in self.trainers.items():
                     with self._kept(name, trainer):
                         trainer.update(batch[self.jobs[name].source])
                         meters[name].after(trainer, bar)
                 bar.update()
-                self._checkpoint(None if isinstance(held, ExitStack) else held.received)
+                self._checkpoint(held.received)
             for name, trainer in self.trainers.items():
                 with self._kept(name, trainer):
                     meters[name].close(trainer, bar)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from sae_persona.errors import DataError, RunError
+from sae_persona.sae.calibration import calibrated, measured_l0
 from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.model import SAE
 from sae_persona.sae.plain_step import PlainStep
 from sae_persona.sae.recipe import TrainConfig, training_rule
 from sae_persona.sae.shard import ALONE, Shard
 from sae_persona.sae.shard_state import Kept, gathered, kept, put
-from sae_persona.sae.sparsity import ReLU, Rule, Threshold, TopK, calibrate
+from sae_persona.sae.sparsity import Rule, Threshold, TopK, calibrate
 from sae_persona.sae.step import Measured, Weights
 from sae_persona.types import State
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # CPU users need no Triton
     from sae_persona.sae.kernel_step import KernelStep
 
 AnyStep = Union[PlainStep, "KernelStep"]
-TAIL = 8  # batches that the last threshold is calibrated on
+TAIL = 8  # batches kept to calibrate a threshold on, where none come after the last step
 
 
 class NotFinite(RunError):
@@ -147,13 +148,12 @@ class Trainer:
         rule: Rule = TopK(config.k)
         if threshold is not None:
             rule = Threshold(threshold / scale)  # as pre-activations: w_enc stays, b_enc is divided
-        elif config.rule == "batch_topk":
-            level = calibrate(SAE(w_enc, b_enc, w_dec, b_dec, ReLU()).pre_acts, tail, config.k)
-            rule = Threshold(torch.full_like(b_enc, level))
         sae = SAE(w_enc, b_enc, w_dec, b_dec, rule)
-        l0 = torch.cat([sae.encode(x).l0() for x in tail]).double().mean().item()
+        if config.rule == "batch_topk":
+            sae = calibrated(sae, tail, config.k)
+        l0 = measured_l0(sae, tail).mean
         training = {**asdict(config), "prefixes": list(config.prefixes)}  # as JSON would give them back
-        sae.metadata = {"training": training, "n_tokens": self.tokens, "l0": l0, "num_dead_features": dead}
+        sae.metadata |= {"training": training, "n_tokens": self.tokens, "l0": l0, "num_dead_features": dead}
         return sae
 
     def snapshot(self) -> State:

@@ -31,7 +31,7 @@ def test_each_batch_once_or_over_and_over():
 def test_it_goes_on_where_it_was(done):
     whole = numbers(Feed(batches(), 12))
     first = Feed(batches(), 12)
-    assert numbers(first, done) == whole[:done] if done else True
+    assert [int(next(first)[ONLY][0, 0]) for _ in range(done)] == whole[:done]
     rest = Feed(batches(), 12)
     rest.resume(first.snapshot())
     assert numbers(rest) == whole[done:]
