@@ -128,7 +128,7 @@ def bare(lm: LM, shape: Shape) -> float:
     position = torch.arange(WIDTH, device="cuda").expand(shape.rows, -1).contiguous()
     hook = [HookPoint(shape.layer)]
     segment = torch.zeros_like(ids)
-    return seconds(lambda: read_rows(lm, hook, ids, position, segment, packed=False), 5) / ids.numel()
+    return seconds(lambda: read_rows(lm, hook, ids, position, segment, None), 5) / ids.numel()
 
 
 def paced(batches: Iterator[torch.Tensor], n: int) -> float:

@@ -28,6 +28,7 @@ class Forward:
     input_ids, position   [b, t] int64, position counted from the start of each sequence
     segment               [b, t] int64, the sequence's number in its row, -1 on padding
     packed                some row holds more than one sequence
+    bounds                [s + 1] int32, the first of the b * t positions of each sequence and of each run of padding
     source, target        [m] int64, which of the b * t positions are kept, and which rows of the group they are
     """
 
@@ -35,6 +36,7 @@ class Forward:
     position: Tensor
     segment: Tensor
     packed: bool
+    bounds: Tensor
     source: Tensor
     target: Tensor
 
@@ -132,11 +134,12 @@ def _forward(
     width = max(1, max(sum(len(sequences[i].ids) for i in row) for row in rows))  # no model runs on no positions
     input_ids = torch.full((len(rows), width), lm.pad_id)
     position, segment = torch.zeros_like(input_ids), torch.full_like(input_ids, -1)
-    source, target = [], []
+    source, target, firsts = [], [], []
     for r, row in enumerate(rows):
         at = 0
         for s, i in enumerate(row):
             ids = sequences[i].ids
+            firsts.append(r * width + at)
             span = slice(at, at + len(ids))
             input_ids[r, span] = id_tensor(sequences[i])
             position[r, span] = torch.arange(len(ids))
@@ -144,5 +147,7 @@ def _forward(
             source.append(wanted[i].nonzero().flatten() + (r * width + at))
             target.append(torch.arange(bounds[i], bounds[i + 1]))
             at += len(ids)
+        firsts.append(r * width + at)  # padding, or where the next row begins
     packed = any(len(row) > 1 for row in rows)
-    return Forward(input_ids, position, segment, packed, torch.cat(source), torch.cat(target))
+    starts = torch.tensor([*firsts, len(rows) * width], dtype=torch.int32).unique()
+    return Forward(input_ids, position, segment, packed, starts, torch.cat(source), torch.cat(target))

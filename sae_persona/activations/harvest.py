@@ -34,12 +34,14 @@ def read_group(lm: LM, hooks: Sequence[HookPoint], group: Group) -> dict[HookPoi
     """The kept activations of a group at each hook point: [n, d_model] in the model's dtype, in the group's order."""
     rows: dict[HookPoint, Tensor] = {}
     for forward in group.forwards:
-        ids, position, segment, source, target = (
+        ids, position, segment, bounds, source, target = (
             x.to(lm.device, non_blocking=True)
-            for x in (forward.input_ids, forward.position, forward.segment, forward.source, forward.target)
-        )
+            for x in (
+                forward.input_ids, forward.position, forward.segment, forward.bounds, forward.source, forward.target
+            )
+        )  # fmt: skip
         if forward.packed or lm.device.type == "cuda":
-            acts = read_rows(lm, hooks, ids, position, segment, packed=forward.packed)
+            acts = read_rows(lm, hooks, ids, position, segment, bounds if forward.packed else None)
         else:  # on a CPU a mask costs nothing
             acts = read(lm, hooks, ids, (segment >= 0).long())
         for hook, x in acts.items():

@@ -5,7 +5,7 @@ Hooks run in the order in which they were placed, so a ``read`` inside ``editing
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from sae_persona.activations.lm import LM
+from sae_persona.activations.packed_attention import attending_apart, needs_no_mask
 from sae_persona.errors import ConfigError, ModelError
 from sae_persona.types import HookPoint
 
@@ -48,26 +49,33 @@ def read(lm: LM, hooks: Iterable[HookPoint], input_ids: Tensor, attention_mask: 
 
 @torch.no_grad()
 def read_rows(
-    lm: LM, hooks: Iterable[HookPoint], input_ids: Tensor, position: Tensor, segment: Tensor, *, packed: bool
+    lm: LM, hooks: Iterable[HookPoint], input_ids: Tensor, position: Tensor, segment: Tensor, bounds: Tensor | None
 ) -> dict[HookPoint, Tensor]:
     """As `read`, of rows that may hold several sequences, each of which sees only itself.
 
     input_ids, position, segment   [b, t] int64: the position in its sequence, the sequence's number in its row; -1 on
                                    padding, which comes last
-    packed                         some row holds more than one; otherwise attention is causal without any mask, which
-                                   fast kernels are made for, and for which no host waits for a GPU
+    bounds                         [s + 1] int32, the first of the b * t positions of each sequence and run of padding,
+                                   and b * t; None where no row holds more than one, so that plain causal attention
+                                   keeps them apart
 
     Not for every model: see `check_packing`.
     """
     given = {"input_ids": input_ids, "position_ids": position, "use_cache": False}
-    if packed:
-        t = input_ids.shape[1]
-        sees = (segment[:, :, None] == segment[:, None, :]).tril_()
-        dtype = next(lm.model.parameters()).dtype
-        mask = torch.zeros(len(sees), 1, t, t, dtype=dtype, device=sees.device)
-        given["attention_mask"] = mask.masked_fill_(~sees[:, None], torch.finfo(dtype).min)
+    apart = bounds is not None and needs_no_mask(lm)
+    if bounds is not None and not apart:
+        given["attention_mask"] = _mask(segment, lm.dtype)
     taken = inspect.signature(lm.model.forward).parameters
-    return _read(lm, hooks, {key: value for key, value in given.items() if key in taken})
+    with attending_apart(lm, bounds, input_ids.shape[1]) if apart else nullcontext():
+        return _read(lm, hooks, {key: value for key, value in given.items() if key in taken})
+
+
+def _mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores so that each position sees its own sequence up to itself: [b, t] -> [b, 1, t, t]."""
+    b, t = segment.shape
+    sees = (segment[:, :, None] == segment[:, None, :]).tril_()
+    mask = torch.zeros(b, 1, t, t, dtype=dtype, device=sees.device)
+    return mask.masked_fill_(~sees[:, None], torch.finfo(dtype).min)
 
 
 def check_packing(lm: LM, hook: HookPoint, width: int) -> None:
@@ -83,7 +91,8 @@ def check_packing(lm: LM, hook: HookPoint, width: int) -> None:
     ids = torch.cat([first, second])[None]
     position = torch.cat([torch.arange(5), torch.arange(9)])[None].to(lm.device)
     segment = (torch.arange(14, device=lm.device) >= 5).long()[None]
-    together = read_rows(lm, [hook], ids, position, segment, packed=True)[hook][0].float()
+    bounds = torch.tensor([0, 5, 14], dtype=torch.int32, device=lm.device)
+    together = read_rows(lm, [hook], ids, position, segment, bounds)[hook][0].float()
     alone = [read(lm, [hook], x[None], torch.ones_like(x)[None])[hook][0].float() for x in (first, second)]
     off = (together - torch.cat(alone)).norm() / torch.cat(alone).norm()
     if not off < 0.03:  # bf16 is within 0.01
