@@ -62,11 +62,11 @@ def read_rows(
     Not for every model: see `check_packing`.
     """
     given = {"input_ids": input_ids, "position_ids": position, "use_cache": False}
-    apart = bounds is not None and needs_no_mask(lm)
-    if bounds is not None and not apart:
+    masked = bounds is not None and not needs_no_mask(lm)
+    if masked:
         given["attention_mask"] = _mask(segment, lm.dtype)
     taken = inspect.signature(lm.model.forward).parameters
-    with attending_apart(lm, bounds, input_ids.shape[1]) if apart else nullcontext():
+    with nullcontext() if bounds is None or masked else attending_apart(lm, bounds, input_ids.shape[1]):
         return _read(lm, hooks, {key: value for key, value in given.items() if key in taken})
 
 
