@@ -1,9 +1,14 @@
+import gc
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from sae_persona.errors import ConfigError
 from sae_persona.sae.kernel_plan import KernelConfig, padded, plan_step
+from sae_persona.sae.kernel_step import KernelStep
+from sae_persona.sae.sparsity import TopK
+from sae_persona.sae.step import Weights
 
 SIZES = {"n": 8192, "d_in": 2304, "n_latents": 65536, "k": 64}
 
@@ -61,3 +66,24 @@ def test_what_a_setting_saves():
     assert other(n_dead=1000).total > plan.total and other(n_dead=1000).predicted_ms > plan.predicted_ms
     assert other(rule="jumprelu").total > plan.total and other(n_prefixes=4).total > plan.total
     assert other(card="NVIDIA H100 80GB HBM3").predicted_ms > plan.predicted_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [{}, {"precision": "fp8"}, {"moments": "bf16", "slice_tokens": 2048}], ids=str)
+def test_a_gpu_holds_what_was_planned(config):
+    sizes = {"n": 8192, "d_in": 1024, "n_latents": 65536, "k": 32}
+    plan = plan_step(KernelConfig(**config), **sizes)
+    w = torch.nn.functional.normalize(torch.randn(sizes["n_latents"], sizes["d_in"]), dim=1)
+    given = Weights(w, w.new_zeros(len(w)), w.clone(), w.new_zeros(sizes["d_in"]))
+    x = torch.randn(sizes["n"], sizes["d_in"], device="cuda").bfloat16()
+    gc.collect()  # what earlier tests left must not go while we look
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    step = KernelStep(
+        given, TopK(sizes["k"]), config=KernelConfig(**config), k_aux=None, auxk_coef=0.0, dead_after=1, device="cuda"
+    )
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(6):
+        step(x, 3e-4)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(plan.total, rel=0.05)
