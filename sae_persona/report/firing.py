@@ -1,8 +1,4 @@
-"""Which latents fire, and how often: those that are dead, those that never fired, and the others by decade.
-
-Two sources, which know different things. A training step counts the tokens since each latent fired. `LatentStats`
-counts on how many of the measured tokens it fired.
-"""
+"""Which latents fire, and how often: those that are dead, those that never fired, and the others by decade."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,8 +11,6 @@ from torch import Tensor
 from sae_persona.features.stats import LatentStats
 from sae_persona.report.numbers import number, percent
 from sae_persona.report.svg import Axis, Drawing
-
-RATE, SILENCE = "firing rate", "tokens since it fired"
 
 
 @dataclass(frozen=True)
@@ -33,9 +27,8 @@ class FiringReport:
     """What is known of n_latents latents after n_tokens tokens.
 
     never_fired   on none of the tokens
-    dead          silent for the last ``dead_after`` tokens or more; None where that is not known
-    fired_last    in the last step: 0 tokens ago, so in no decade. 0 in a report of firing rates
-    measure       of the decades: RATE, or SILENCE. They hold the latents that are in neither of the two above
+    dead          silent for ``dead_after`` tokens or more; None where that is not known
+    decades       of the firing rate, of those that fired
     """
 
     n_latents: int
@@ -43,24 +36,7 @@ class FiringReport:
     never_fired: int
     dead_after: int | None
     dead: int | None
-    measure: str
     decades: tuple[Decade, ...]
-    fired_last: int = 0
-
-    @classmethod
-    def of_step(cls, silent: Tensor, *, dead_after: int, n_tokens: int) -> Self:
-        """From a step's counters ``silent`` [n_latents], tokens since each latent fired, after n_tokens in all."""
-        fired = silent < n_tokens
-        return cls(
-            n_latents=len(silent),
-            n_tokens=n_tokens,
-            never_fired=int((~fired).sum()),
-            dead_after=dead_after,
-            dead=int((silent >= dead_after).sum()),
-            measure=SILENCE,
-            decades=_decades(silent[fired & (silent > 0)].double()),
-            fired_last=int((fired & (silent == 0)).sum()),
-        )
 
     @classmethod
     def of_stats(cls, stats: LatentStats, *, dead_after: int | None = None) -> Self:
@@ -73,8 +49,7 @@ class FiringReport:
             never_fired=never,
             dead_after=dead_after,
             dead=never if known else None,
-            measure=RATE,
-            decades=_decades(stats.firing_rate[stats.fired > 0], highest=1.0),
+            decades=_decades(stats.firing_rate[stats.fired > 0]),
         )
 
     @property
@@ -86,8 +61,6 @@ class FiringReport:
     def rows(self) -> list[tuple[str, int]]:
         """Every latent once: a name and a number of latents, from the least alive."""
         decades = [(f"{_power(d.low)} to {_power(d.high)}", d.n) for d in self.decades]
-        if self.measure == SILENCE:
-            return [("never fired", self.never_fired), *decades[::-1], ("in the last step", self.fired_last)]
         return [("never fired", self.never_fired), *decades]
 
     def to_json(self) -> dict[str, Any]:
@@ -99,26 +72,25 @@ class FiringReport:
         if self.dead is not None:
             said += f", {self.dead} dead ({self.dead_share:.1%}: silent for {self.dead_after} tokens or more)"
         lines = [f"  {name:<18}{n:>9}{n / self.n_latents:>9.1%}" for name, n in self.rows]
-        return "\n".join([said, f"  {self.measure:<23}{'latents':>4}{'share':>9}", *lines])
+        return "\n".join([said, f"  {'firing rate':<23}{'latents':>4}{'share':>9}", *lines])
 
 
-def _decades(values: Tensor, highest: float | None = None) -> tuple[Decade, ...]:
-    """The decades from the least to the greatest of the values, all above 0; ``highest`` counts to the one below it."""
-    if not len(values):
+def _decades(rates: Tensor) -> tuple[Decade, ...]:
+    """The decades from the least to the greatest of the rates, all above 0; a rate of 1 counts to the one below it."""
+    if not len(rates):
         return ()
-    ends = torch.tensor([10.0**e for e in range(-12, 19)], dtype=torch.float64)
-    if highest is not None:
-        values = values.clamp(max=torch.nextafter(torch.tensor(highest), torch.tensor(0.0)).item())
-    found = torch.bucketize(values.cpu(), ends, right=True)
+    ends = torch.tensor([10.0**e for e in range(-18, 1)], dtype=torch.float64)
+    below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
+    found = torch.bucketize(rates.clamp(max=below_one).cpu(), ends, right=True)
     counts = torch.bincount(found, minlength=len(ends) + 1)
     first, final = int(found.min()), int(found.max())
     return tuple(Decade(ends[i - 1].item(), ends[i].item(), int(counts[i])) for i in range(first, final + 1))
 
 
 def _power(value: float) -> str:
-    """1 to 1000 as they are, else a power of ten."""
+    """A power of ten; 1 as it is."""
     exponent = round(math.log10(value))
-    return f"{value:g}" if 0 <= exponent <= 3 else f"10{str(exponent).translate(_RAISED)}"
+    return f"10{str(exponent).translate(_RAISED)}" if exponent else "1"
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -127,7 +99,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def firing_chart(report: FiringReport) -> Markup:
     """A bar for each row of the report, from those that never fired to the liveliest."""
     rows = report.rows
-    draw = Drawing(390, 250, f"Latents by {report.measure}")
+    draw = Drawing(390, 250, "Latents by firing rate")
     y = Axis(0, max(n for _, n in rows) * 1.15 or 1, 190, 28)
     draw.y_axis(y, (46, 382), "latents", [(v, number(v)) for v in y.ticks(4) if v == int(v)])
     wide = (382 - 46) / len(rows)
@@ -139,11 +111,10 @@ def firing_chart(report: FiringReport) -> Markup:
         draw.text(left + wide / 2 - 2, top - 5, number(n, 9), f"label {kind}")
         for line, words in enumerate(_halves(name)):
             draw.text(left + wide / 2 - 2, 206 + 14 * line, words)
-    draw.text((46 + 382) / 2, 244, report.measure, "name")
+    draw.text((46 + 382) / 2, 244, "firing rate", "name")
     return draw.svg()
 
 
 def _halves(name: str) -> list[str]:
     """A bar's name in two lines, short enough for a narrow bar."""
-    short = {"never fired": ["never", "fired"], "in the last step": ["last", "step"]}
-    return short.get(name) or [f"{name.split()[0]} –", name.split()[-1]]
+    return ["never", "fired"] if name == "never fired" else [f"{name.split()[0]} –", name.split()[-1]]

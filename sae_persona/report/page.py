@@ -14,7 +14,9 @@ from markupsafe import Markup
 from sae_persona.errors import FormatError
 from sae_persona.features.contexts import TopContexts
 from sae_persona.features.files import reading_h5
+from sae_persona.features.stats import LatentStats
 from sae_persona.report import charts, curves, numbers, verdict
+from sae_persona.report.firing import FiringReport, firing_chart
 from sae_persona.report.persona import PersonaView, gather
 from sae_persona.runs import Run, file_hash, read_json, write_text
 
@@ -68,6 +70,7 @@ def render(run: Run) -> str:
         ),
         quality=read_json(run.quality, "quality") if run.quality.is_file() else None,
         training=_training(run),
+        firing=_firing(run),
         sae_hash=file_hash(run.sae) if run.sae.is_dir() else None,
         charts=charts,
         curves=curves,
@@ -91,6 +94,14 @@ def _personas(run: Run) -> list[PersonaView]:
     with reading_h5(run.latents, "latents") as file:
         contexts = TopContexts.from_h5(file["contexts"])
     return gather(run, contexts, open_model(run).tokenizer)
+
+
+def _firing(run: Run) -> Markup | None:
+    """How often the latents of a measured run fire."""
+    if not run.latents.is_file():
+        return None
+    with reading_h5(run.latents, "latents") as file:
+        return firing_chart(FiringReport.of_stats(LatentStats.from_h5(file["stats"])))
 
 
 def _training(run: Run) -> list[Markup]:

@@ -13,6 +13,7 @@ from sae_persona.attribution.baselines import DenseBaseline, RandomLatents
 from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.features.contexts import TopContexts
 from sae_persona.features.files import write_h5
+from sae_persona.features.stats import LatentStats
 from sae_persona.runs import Run, write_json, write_text
 from sae_persona.steering.arms import Arm, Sweep
 
@@ -113,7 +114,14 @@ def full(trained, lm, ranking, make_sweep) -> Run:
     acts[3:5, CHOSEN] = 2.5, 0.5
     contexts = TopContexts(N_LATENTS)
     contexts.update([(0, ids)], sparse.csr_matrix(acts))
-    write_h5(trained.latents, "latents", lambda file: contexts.to_h5(file.create_group("contexts")))
+    stats = LatentStats(N_LATENTS)
+    stats.n_tokens, stats.fired[0] = 1000, 20
+
+    def fill(file):
+        stats.to_h5(file.create_group("stats"))
+        contexts.to_h5(file.create_group("contexts"))
+
+    write_h5(trained.latents, "latents", fill)
     with trained.recording("measure", examples=180, tokens=1234):
         pass
     with trained.recording("rank", persona=PERSONA):

@@ -55,9 +55,16 @@ def page(full) -> Page:
 
 def test_has_every_part(page):
     heads = ["Summary", "Which latents tell it", "Where latent 3 fires hardest", "What clamping it does"]
-    heads += ["Before and after", "Side effects", "On held-out texts", "While training", "Manifest"]
+    heads += [
+        "Before and after",
+        "Side effects",
+        "On held-out texts",
+        "How often latents fire",
+        "While training",
+        "Manifest",
+    ]
     assert [head for head in heads if head not in page.text] == []
-    assert page.count("svg") == 3 + 4  # volcano, by strength, by cost; loss, fvu, l0, dead
+    assert page.count("svg") == 3 + 1 + 4  # volcano, by strength, by cost; firing; loss, fvu, l0, dead
     assert page.count("table", "summary") == page.count("table", "ranking") == page.count("table", "effects") == 1
     assert "sae-persona measure" not in page.text, "nothing is missing, so no command is wanted"
 
