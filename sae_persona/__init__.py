@@ -37,12 +37,23 @@ if TYPE_CHECKING:
     from sae_persona.steering.answers import answer as answer
     from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
+    from sae_persona.steering.apply import intervene_rows as intervene_rows
+    from sae_persona.steering.conditions import When as When
     from sae_persona.steering.export.native import export as export
     from sae_persona.steering.export.native import load_intervention as load_intervention
     from sae_persona.steering.interventions import Ablate as Ablate
     from sae_persona.steering.interventions import Add as Add
+    from sae_persona.steering.interventions import Cap as Cap
+    from sae_persona.steering.interventions import Ceiling as Ceiling
     from sae_persona.steering.interventions import Clamp as Clamp
+    from sae_persona.steering.interventions import Floor as Floor
+    from sae_persona.steering.interventions import Pin as Pin
+    from sae_persona.steering.interventions import Placed as Placed
+    from sae_persona.steering.interventions import ProjectionClamp as ProjectionClamp
+    from sae_persona.steering.interventions import ProjectOut as ProjectOut
     from sae_persona.steering.interventions import Scale as Scale
+    from sae_persona.steering.interventions import Steer as Steer
+    from sae_persona.steering.positions import Spans as Spans
     from sae_persona.steering.sweep import SweepConfig as SweepConfig
     from sae_persona.steering.sweep import sweep as sweep
     from sae_persona.types import HookPoint as HookPoint
@@ -67,9 +78,24 @@ _HOMES = {
     "sae.recipe": ("TrainConfig",),
     "sae.train": ("Job", "train", "train_many"),
     "steering.answers": ("answer", "say"),
-    "steering.apply": ("intervene",),
+    "steering.apply": ("intervene", "intervene_rows"),
+    "steering.conditions": ("When",),
     "steering.export.native": ("export", "load_intervention"),
-    "steering.interventions": ("Ablate", "Add", "Clamp", "Scale"),
+    "steering.interventions": (
+        "Ablate",
+        "Add",
+        "Cap",
+        "Ceiling",
+        "Clamp",
+        "Floor",
+        "Pin",
+        "Placed",
+        "ProjectOut",
+        "ProjectionClamp",
+        "Scale",
+        "Steer",
+    ),  # fmt: skip
+    "steering.positions": ("Spans",),
     "steering.sweep": ("SweepConfig", "sweep"),
     "types": ("HookPoint", "SparseLatents"),
 }

@@ -26,7 +26,7 @@ from sae_persona.runs import Run
 from sae_persona.sae.checkpoints import Interrupted
 from sae_persona.sae.formats import is_sae
 from sae_persona.steering.answers import AnswerConfig
-from sae_persona.steering.interventions import Positions
+from sae_persona.steering.positions import Positions
 from sae_persona.steering.sweep import SweepConfig
 from sae_persona.training import open_model
 
@@ -46,9 +46,9 @@ Edits = Annotated[
     list[str],
     typer.Option(
         "--edit",
-        help="clamp:LATENT=STRENGTH, add:LATENT=STRENGTH, scale:LATENT=FACTOR or ablate:LATENT. LATENT is a number, or "
-        "a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th percentile, factor 1 "
-        "changes nothing. May be given several times.",
+        help="OPERATION:LATENT=STRENGTH (clamp, pin, add, floor, ceiling), scale:LATENT=FACTOR or ablate:LATENT. LATENT "
+        "is a number, or a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th "
+        "percentile, factor 1 changes nothing. May be given several times.",
     ),
 ]
 Where = Annotated[

@@ -25,7 +25,8 @@ from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
 from sae_persona.steering.export.native import export
-from sae_persona.steering.interventions import Clamp, LatentEdit, Positions, parse_edit
+from sae_persona.steering.interventions import Clamp, LatentEdit, parse_edit
+from sae_persona.steering.positions import Positions
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
 from sae_persona.training import Source, input_facts, open_sae

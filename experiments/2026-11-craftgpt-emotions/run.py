@@ -45,10 +45,11 @@ from sae_persona.report.page import write_report
 from sae_persona.runs import Run, read_json, write_json
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.steering.answers import AnswerConfig, answer
-from sae_persona.steering.apply import applying, intervene
+from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention
-from sae_persona.steering.interventions import Clamp, Positions, Steer
+from sae_persona.steering.interventions import Clamp, Steer
+from sae_persona.steering.positions import Positions
 from sae_persona.steering.strength import wilson
 from sae_persona.steering.sweep import SweepConfig
 from sae_persona.training import open_model, open_sae, train_stage
@@ -195,7 +196,7 @@ def control(path: Path, chats: list[Any], settings: Settings, persona: str) -> d
 
     def adding(pool: Pool, strength: float):
         steer = Steer(mean_difference(found.pooled, persona, pool), strength)
-        return applying(lm, sae.hook, steer, positions=settings.positions)
+        return intervene(lm, None, [steer], hook=sae.hook, positions=settings.positions)
 
     ours = partial(clamping, clamp.latent, clamp.strength * clamp.unit)
     chosen = held.outcome(ours())

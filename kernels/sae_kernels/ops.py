@@ -4,13 +4,31 @@
 `offsets` [n + 1]: token i owns entries offsets[i] to offsets[i + 1].
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_kernels import reference
 from sae_kernels.latent_lists import LatentLists, latent_lists
 from sae_kernels.topk import topk
 
-__all__ = ["LatentLists", "latent_lists", "sparse_decode", "topk", "weight_grad"]
+__all__ = ["LatentLists", "edit_rows", "latent_lists", "sparse_decode", "topk", "weight_grad"]
+
+
+def edit_rows(x: Tensor, on: Tensor, enc: Tensor, bias: Tensor, threshold: Tensor, dec: Tensor, line: Tensor) -> Tensor:
+    """x [n, d] moved along rows of dec [m, d] by what their lines make of what the rows of enc [m, d] read.
+
+        f = enc x + bias, 0 where not above threshold          f' = min(max(slope f + shift, low), high)
+        x + sum over the rows that are on of (f' - f) dec      where that sum is 0, x bit for bit
+
+    on [n, m] bool; bias, threshold [m]; line [m, 4]: slope, shift, low, high; all fp32, x in any float dtype.
+    Gradients reach x; where it wants any, in plain torch.
+    """
+    if x.is_cuda and not (x.requires_grad and torch.is_grad_enabled()):
+        from sae_kernels import edit_rows as triton_op
+
+        return triton_op.edit_rows(x, on, enc, bias, threshold, dec, line)
+    return reference.edit_rows(x, on, enc, bias, threshold, dec, line)
 
 
 def sparse_decode(acts: Tensor, idx: Tensor, w_dec: Tensor, offsets: Tensor | None = None) -> Tensor:

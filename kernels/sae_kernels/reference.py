@@ -45,6 +45,15 @@ def sparse_decode(acts: Tensor, idx: Tensor, w_dec: Tensor, offsets: Tensor | No
     return torch.stack([(acts[a:b, None] * w_dec[idx[a:b]]).sum(dim=0) for a, b in pairwise(offsets.tolist())])
 
 
+def edit_rows(x: Tensor, on: Tensor, enc: Tensor, bias: Tensor, threshold: Tensor, dec: Tensor, line: Tensor) -> Tensor:
+    pre = _wide(x) @ enc.T + bias
+    f = pre.where(pre > threshold, 0.0)
+    slope, shift, low, high = line.unbind(dim=1)
+    delta = ((slope * f + shift).clamp(low, high) - f).where(on, 0.0)
+    moved = (_wide(x) + delta @ dec).to(x.dtype)
+    return moved.where((delta != 0).any(dim=1, keepdim=True), x)
+
+
 def latent_lists(idx: Tensor, n_latents: int, offsets: Tensor | None = None) -> LatentLists:
     lengths = torch.full((len(idx),), idx.shape[1]) if offsets is None else offsets.diff().cpu()
     token = torch.arange(len(lengths)).repeat_interleave(lengths).to(idx.device)

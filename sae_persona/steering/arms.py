@@ -8,7 +8,7 @@ from typing import Any, Self
 from sae_persona.attribution.association import Interval
 from sae_persona.errors import FormatError
 from sae_persona.runs import read_json, write_json
-from sae_persona.steering.interventions import Positions
+from sae_persona.steering.positions import Positions
 
 FORMAT = 1
 

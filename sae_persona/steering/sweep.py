@@ -20,9 +20,10 @@ from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import Answer, AnswerConfig, answer, surprise
-from sae_persona.steering.apply import applying, intervene
+from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
-from sae_persona.steering.interventions import Clamp, Positions, Steer, check_positions
+from sae_persona.steering.interventions import Clamp, Steer
+from sae_persona.steering.positions import Positions, check_positions
 from sae_persona.steering.strength import Judge, Outcome, cost, gain, perplexity, wilson
 
 Messages = Sequence[dict[str, Any]]
@@ -95,7 +96,7 @@ class _Bench:
     def run(
         self,
         kind: str,
-        steering: AbstractContextManager[None],
+        steering: AbstractContextManager[Any],
         *,
         strength: float | None = None,
         latent: int | None = None,
@@ -205,7 +206,7 @@ def sweep(
         clamp = Clamp(latent, 1.0, value)
         steering = intervene(lm, sae, [clamp], positions=config.positions)
         keep(held.run("random", steering, strength=best.strength, latent=latent))
-    steering = applying(lm, sae.hook, Steer(direction, equal), positions=config.positions)
+    steering = intervene(lm, None, [Steer(direction, equal)], hook=sae.hook, positions=config.positions)
     keep(held.run("difference of means", steering, strength=equal))
     if held.questions.persona_prompts:
         keep(held.run("prompt", nullcontext(), prompts=held.questions.persona_prompts))
@@ -250,7 +251,8 @@ def _dense_arms(bench: _Bench, sae: SAE, direction: Tensor, latent: Arm) -> Iter
     for i, strength in enumerate(strengths):
         if i >= len(bench.config.dense_strengths) and dearest >= latent.cost.value:
             return
-        steering = applying(bench.lm, sae.hook, Steer(direction, strength), positions=bench.config.positions)
+        steer, positions = Steer(direction, strength), bench.config.positions
+        steering = intervene(bench.lm, None, [steer], hook=sae.hook, positions=positions)
         arm = bench.run("difference of means", steering, strength=strength)
         dearest = max(dearest, arm.cost.value)
         yield arm

@@ -31,7 +31,13 @@ def compiled() -> list[dict]:
 @pytest.mark.slow
 def test_nothing_spills_and_everything_fits():
     found = compiled()
-    assert {one["kernel"] for one in found} >= {*TIGHT, "_decode_prefixes_kernel", "_fill_kernel", "_keep_auxk_kernel"}
+    assert {one["kernel"] for one in found} >= {
+        *TIGHT,
+        "_decode_prefixes_kernel",
+        "_fill_kernel",
+        "_keep_auxk_kernel",
+        "_edit_rows_kernel",
+    }
     for one in found:
         assert one["shared"] <= SHARED, one
         if one["kernel"] in TIGHT:
@@ -87,6 +93,7 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     from sae_kernels.bias_update import bias_update, column_sums
     from sae_kernels.compact import batch_topk, jump, new_entries
     from sae_kernels.decode_error import columns_for, decode_error, group_sums
+    from sae_kernels.edit_rows import edit_rows
     from sae_kernels.encode import chunk_for, encode
     from sae_kernels.packed_lists import packed_lists
     from sae_kernels.prepare import prepare
@@ -166,6 +173,8 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     prune_auxk(room(2, *kept.shape, dtype=bf16), d // 2, 1, kept=kept)
     rows = scaled_rows(w, of_latents, dead)
     row_dots(rows, rows)
+    edits, of_edits = room(8, d), room(8)
+    edit_rows(z, room(N, 8, dtype=torch.bool), edits, of_edits, of_edits, edits, room(8, 4))
 
 
 if __name__ == "__main__":

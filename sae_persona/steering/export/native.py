@@ -23,7 +23,9 @@ from sae_persona.runs import file_hash, read_json, versions, write_json, write_w
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
 from sae_persona.steering.apply import intervene
-from sae_persona.steering.interventions import OPERATIONS, LatentEdit, LatentEditor, Positions, check_positions
+from sae_persona.steering.interventions import OPERATIONS, LatentEdit, placed
+from sae_persona.steering.positions import Positions
+from sae_persona.steering.rows import Rows
 from sae_persona.types import HookPoint
 
 FORMAT = 1
@@ -71,10 +73,9 @@ def export(
         raise ConfigError(f"an intervention file ends in .json, got {path.name}")
     if not edits:
         raise ConfigError("an intervention needs at least one edit, got none")
-    check_positions(positions)
     sae.check_width(lm.d_model)
     lm.check(sae.hook)
-    LatentEditor(sae, tuple(edits))  # refuses latents that do not exist or are edited twice
+    Rows.of(placed(edits, hook=None, positions=positions), sae, lm.d_model)  # refuses what cannot be applied
     tensors = _rows(sae, [edit.latent for edit in edits])
     tensor_path = path.with_suffix(".safetensors")
     if tensors:

@@ -87,7 +87,7 @@ def test_corrupt_files_are_refused(lm, sae, tmp_path):
         ({**raw, "format": 7}, r"not an intervention of format 1 \(found 7\)"),
         ({**raw, "kind": "recipe"}, "not an intervention"),
         ({k: v for k, v in raw.items() if k != "hook"}, "not a whole intervention"),
-        ({**raw, "edits": [{"operation": "explode", "latent": 3}]}, "an edit's operation is one of clamp, ablate"),
+        ({**raw, "edits": [{"operation": "explode", "latent": 3}]}, "an edit's operation is one of clamp, pin"),
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(FormatError, match=message):
