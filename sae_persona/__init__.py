@@ -94,7 +94,7 @@ _HOMES = {
         "ProjectionClamp",
         "Scale",
         "Steer",
-    ),  # fmt: skip
+    ),
     "steering.positions": ("Spans",),
     "steering.sweep": ("SweepConfig", "sweep"),
     "types": ("HookPoint", "SparseLatents"),

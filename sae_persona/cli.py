@@ -46,8 +46,8 @@ Edits = Annotated[
     list[str],
     typer.Option(
         "--edit",
-        help="OPERATION:LATENT=STRENGTH (clamp, pin, add, floor, ceiling), scale:LATENT=FACTOR or ablate:LATENT. LATENT "
-        "is a number, or a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th "
+        help="OPERATION:LATENT=STRENGTH (clamp, pin, add, floor, ceiling), scale:LATENT=FACTOR or ablate:LATENT. "
+        "LATENT is a number, or a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th "
         "percentile, factor 1 changes nothing. May be given several times.",
     ),
 ]
