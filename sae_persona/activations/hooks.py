@@ -4,7 +4,7 @@ Hooks run in the order in which they were placed, so a ``read`` inside ``editing
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -165,20 +165,21 @@ class Call:
     input_ids   [b, t] int64, or None where the caller passed embeddings
     real        [b, t] bool, false on padding
     index       [b, t] int64, how many real tokens stand before this one in its row, those in the cache included
-    past        tokens in the cache, padding included
+    past        tokens in the cache, padding included; None where only a GPU knows: a static cache
     """
 
     input_ids: Tensor | None
     real: Tensor
     index: Tensor
-    past: int
+    past: int | None
 
 
 @contextmanager
 def watching(lm: LM, see: Callable[[Call], None]) -> Iterator[None]:
     """Within the block, ``see`` is told of every forward pass of ``lm.model`` before it runs.
 
-    ConfigError for an attention mask that is not [b, past + t]: from such a mask no position can be told.
+    ConfigError for a mask from which no position can be told: [b, past + t] for a cache that grows,
+    [b, 1, t, any] or position ids for a static one.
     """
     names = list(inspect.signature(lm.model.forward).parameters)
 
@@ -195,7 +196,11 @@ def watching(lm: LM, see: Callable[[Call], None]) -> Iterator[None]:
 def _call(lm: LM, given: dict[str, Any]) -> Call:
     input_ids, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
     b, t = (given["inputs_embeds"] if input_ids is None else input_ids).shape[:2]
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if getattr(cache, "is_compileable", False) or isinstance(past, Tensor):
+        return _static_call(input_ids, given.get("position_ids"), mask, (b, t), lm.device)
     if mask is None:
         mask = torch.ones(b, past + t, dtype=torch.long, device=lm.device)
     if mask.shape != (b, past + t):
@@ -204,3 +209,19 @@ def _call(lm: LM, given: dict[str, Any]) -> Call:
         )
     index = mask.long().cumsum(dim=-1) - 1
     return Call(input_ids, mask[:, past:].bool(), index[:, past:], past)
+
+
+def _static_call(
+    input_ids: Tensor | None, position: Tensor | None, mask: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> Call:
+    """A pass with a cache whose length the host does not ask for: positions are told by their ids, or by the mask."""
+    if mask is not None and mask.ndim == 4:
+        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].sum(dim=-1)  # others are added to scores
+        real, index = (seen > 0).expand(shape), seen.expand(shape) - 1
+        return Call(input_ids, real, index if position is None else position.expand(shape), None)
+    if position is None or mask is not None:
+        got = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
+        raise ConfigError(
+            f"interventions with a static cache need position ids and no mask, or a mask [b, 1, t, any]: got {got}"
+        )
+    return Call(input_ids, torch.ones(shape, dtype=torch.bool, device=device), position.expand(shape), None)

@@ -1,7 +1,7 @@
 """The sparse autoencoder: one class, the sparsity rule is a value that it holds."""
 
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_kernels import ops
@@ -13,6 +13,15 @@ from sae_persona.sae.sparsity import Rule, Threshold
 from sae_persona.types import HookPoint, SparseLatents
 
 DENSE_ENTRIES = 2**21  # pre-activations held at once by `encode`: 8 MiB, which caches and allocators like
+
+
+class LatentRows(NamedTuple):
+    """Rows of m latents: enc [m, d_in], bias and threshold [m] (0 under rules that have none), dec [m, d_out]."""
+
+    enc: Tensor
+    bias: Tensor
+    threshold: Tensor
+    dec: Tensor
 
 
 class SAE(nn.Module):
@@ -142,15 +151,18 @@ class SAE(nn.Module):
         rule = self.rule
         if not isinstance(rule, sparsity.TopK):
             return rule.gate(torch.nn.functional.linear(x, self.w_enc[idx], self.b_enc[idx]), idx)
-        chosen, column = idx.unique(return_inverse=True)
-        latents = self.encode(x.reshape(-1, self.d_in))
-        # entries of latents that were not chosen go to one more column, which is dropped
-        where = torch.full((self.n_latents,), len(chosen), device=idx.device)
-        where[chosen] = torch.arange(len(chosen), device=idx.device)
-        acts = latents.acts.new_zeros(latents.n, len(chosen) + 1)
-        acts = acts.index_put((latents.token, where[latents.idx.flatten()]), latents.acts.flatten())
-        return acts[:, column].view(*x.shape[:-1], len(idx))
+        flat = x.reshape(-1, self.d_in)
+        room = DENSE_ENTRIES * (16 if x.is_cuda else 1)  # one reading of the encoder for a step of many sequences
+        parts = flat.split(max(1, room // self.n_latents))
+        acts = torch.cat([rule.among(self.pre_acts(part), idx) for part in parts])
+        return acts.view(*x.shape[:-1], len(idx))
 
     def directions(self, idx: Tensor) -> Tensor:
         """Decoder directions of the chosen latents: [m] -> [m, d_out]."""
         return self.w_dec[idx]
+
+    def rows(self, idx: Tensor) -> LatentRows:
+        """All that belongs to the chosen latents [m] alone, in fp32."""
+        threshold = self.b_enc.new_zeros(len(idx)) if self.threshold is None else self.threshold[idx].clamp(min=0)
+        parts = self.w_enc[idx], self.b_enc[idx], threshold, self.w_dec[idx]
+        return LatentRows(*(part.detach().float() for part in parts))

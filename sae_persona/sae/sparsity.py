@@ -36,6 +36,19 @@ class TopK:
                 idx[tied] = pre_acts[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
         return SparseLatents(values.relu(), idx)
 
+    def among(self, pre_acts: Tensor, idx: Tensor) -> Tensor:
+        """Activations of chosen latents: [n, n_latents] and [m] int64 -> [n, m]. No sort, and no host waits.
+
+        A latent is kept if fewer than k are larger, or as large and before it.
+        """
+        own = pre_acts[:, idx]
+        before = torch.arange(pre_acts.shape[1], device=idx.device)
+        columns = []
+        for value, i in zip(own.split(1, dim=1), idx, strict=True):
+            ahead = (pre_acts > value) | ((pre_acts == value) & (before < i))
+            columns.append(ahead.sum(dim=1, keepdim=True) < self.k)
+        return own.relu() * torch.cat(columns, dim=1) if columns else own
+
 
 @dataclass(frozen=True)
 class BatchTopK:

@@ -117,7 +117,7 @@ class _Runner:
         """x [b, t, d_model] as it leaves the hook point."""
         assert self.where.call is not None and self.where.prompt is not None
         for watch in self.reads.get(hook, ()):
-            watch.see(x, self.where.call, self.where.prompt)
+            watch.see(x, self.where.call, self.where.prompt, cached=self.where.cached)
         site = self.sites.get(hook)
         if site is None:
             return x
@@ -254,7 +254,7 @@ def _with_stop(kwargs: dict[str, Any], runner: _Runner, applied: Applied) -> dic
 
     class Stop(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            applied.aborted = runner.stopped()
+            applied.aborted = runner.stopped().clone()
             return applied.aborted
 
     return kwargs | {"stopping_criteria": StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), Stop()])}

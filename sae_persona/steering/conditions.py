@@ -61,13 +61,17 @@ class Watch:
         self._now: Tensor | None = None
         self.so_far: Tensor | None = None  # [b] bool, since the turn began
 
-    def see(self, x: Tensor, call: Call, prompt: Tensor) -> None:
-        """Read x [b, t, d_in], the unedited stream of a pass; ``prompt`` [b] tokens of each row are its prompt."""
+    def see(self, x: Tensor, call: Call, prompt: Tensor, *, cached: bool) -> None:
+        """Read x [b, t, d_in], the unedited stream of a pass; ``prompt`` [b] tokens of each row are its prompt.
+
+        cached   the pass goes on from a cache, and so does the turn
+        """
         holds = (self.when.level(x, self.sae) > self.when.above) & call.real
         in_turn = holds & (call.index >= prompt[:, None] - 1)
-        before = self.so_far if call.past and self.so_far is not None else torch.zeros_like(holds[:, 0])
-        running = in_turn.cumsum(dim=1).bool() | before[:, None]
-        self.so_far = running[:, -1]
+        if not cached or self.so_far is None or len(self.so_far) != len(holds):
+            self.so_far = torch.zeros_like(holds[:, 0])
+        running = in_turn.cumsum(dim=1).bool() | self.so_far[:, None]
+        self.so_far.copy_(running[:, -1])  # in place, so that a CUDA graph remembers too
         self._now = holds if self.when.scope == "token" else running
 
     @property

@@ -14,7 +14,7 @@ units of the residual stream.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -296,7 +296,8 @@ class Placed:
 def placed(edits: Sequence[Edit | Placed], *, hook: HookPoint | None, positions: Positions | Spans) -> list[Placed]:
     """Edits with their places; those that have none get these."""
     check_positions(positions)
-    return [one if isinstance(one, Placed) else Placed(edit=one, hook=hook, positions=positions) for one in edits]
+    found = [one if isinstance(one, Placed) else Placed(edit=one, positions=positions) for one in edits]
+    return [replace(one, hook=hook) if one.hook is None else one for one in found]
 
 
 def parse_edit(text: str, units: Sequence[float]) -> LatentEdit:

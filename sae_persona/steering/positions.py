@@ -67,6 +67,7 @@ class Where:
         self.given = None if prompt_lengths is None else torch.tensor(prompt_lengths)
         self.prompt: Tensor | None = None  # [b] real tokens of each row's prompt
         self.generating = False
+        self.cached = False  # whether the pass now running goes on from a cache
         self.call: Call | None = None
 
     def begin(self) -> None:
@@ -78,7 +79,10 @@ class Where:
 
     def see(self, call: Call) -> None:
         """Note a forward pass before it runs. ConfigError where prompt lengths do not fit its rows."""
-        starts = self.given is None and not call.past and not (self.generating and self.prompt is not None)
+        known = self.prompt is not None and len(self.prompt) == len(call.index)
+        # a static cache does not say how full it is: it goes on where single tokens come
+        self.cached = known and call.index.shape[1] == 1 if call.past is None else call.past > 0
+        starts = self.given is None and not self.cached and not (self.generating and self.prompt is not None)
         if starts:
             self.prompt = call.index[:, -1:].max(dim=1).values + 1  # what is there now is the prompt
         elif self.given is not None:

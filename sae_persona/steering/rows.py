@@ -51,6 +51,8 @@ class Rows:
     latent: Tensor
     full: SAE | None = None
     """The SAE whose whole encoder must be read."""
+    of_full: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Rows that it reads, those of latents."""
     pins: Tensor | None = None
     """Rows that are pinned: [p] int64."""
     _solve: Tensor | None = field(default=None, repr=False)
@@ -80,7 +82,7 @@ class Rows:
         pinned = torch.tensor([isinstance(one.edit, Pin) for one in edits])[owner]
         rows = cls(
             tuple(edits), *(x.to(device) for x in (enc, dec, bias, threshold, line, owner, latent)),
-            full=sae if is_full else None,
+            full=sae if is_full else None, of_full=(latent >= 0).nonzero().flatten().to(device),
             pins=pinned.nonzero().flatten().to(device) if pinned.any() else None,
         )  # fmt: skip
         rows._prepare_pins()
@@ -98,9 +100,7 @@ class Rows:
             pre = torch.nn.functional.linear(x.float(), self.enc, self.bias)
             return pre.where(pre > self.threshold, 0.0)
         acts = torch.nn.functional.linear(x.float(), self.enc)  # directions; latents are overwritten
-        is_latent = self.latent >= 0
-        acts[:, is_latent] = self.full.latents_at(x.float(), self.latent[is_latent])
-        return acts
+        return acts.index_copy(1, self.of_full, self.full.latents_at(x.float(), self.latent[self.of_full]))
 
     def moved(self, x: Tensor, on: Tensor | None = None) -> Tensor:
         """x [n, d_in] with the edits of the rows that are ``on`` [n, m] bool (None: all), in the dtype of x.
@@ -152,12 +152,9 @@ def _of_edit(one: Placed, sae: SAE | None, d_in: int) -> tuple[Tensor, Tensor, T
         m = len(basis)
         return basis, basis, torch.zeros(m), torch.full((m,), -math.inf), torch.full((m,), -1)
     assert sae is not None
-    i = one.edit.latent
-    rule, threshold = sae.rule, torch.zeros(1)
-    if isinstance(rule, Threshold):
-        threshold = rule.threshold[i : i + 1].float().clamp(min=0).cpu()
-    enc, dec, bias = (w[i : i + 1].detach().float().cpu() for w in (sae.w_enc, sae.w_dec, sae.b_enc))
-    return enc, dec, bias, threshold, torch.tensor([i])
+    latent = torch.tensor([one.edit.latent], device=sae.b_dec.device)
+    rows = sae.rows(latent)
+    return rows.enc.cpu(), rows.dec.cpu(), rows.bias.cpu(), rows.threshold.cpu(), latent.cpu()
 
 
 def _check(asked: Sequence[tuple[Placed, int]], sae: SAE | None) -> None:
@@ -182,7 +179,7 @@ def _check_pins(pins: Sequence[tuple[Pin, Placed, int]], sae: SAE) -> None:
         if not isinstance(sae.rule, Threshold | ReLU):
             name = type(sae.rule).__name__
             raise ConfigError(f"latent {pin.latent} cannot be pinned: under {name} it depends on the others")
-        least = float(sae.rule.threshold[pin.latent]) if isinstance(sae.rule, Threshold) else 0.0
+        least = float(sae.rows(torch.tensor([pin.latent], device=sae.b_dec.device)).threshold)
         if pin.value <= least:
             raise ConfigError(f"latent {pin.latent} fires above {least:g}, so it cannot be pinned to {pin.value:g}")
         _, first, its_request = pins[0]
