@@ -94,6 +94,8 @@ def null_counts(
         raise ValueError(f"scale, shift and bar must be fp64 [{n_latents}], got {scale.dtype} {list(scale.shape)}")
     if width % 16 or not 1 <= n <= width or not labels.is_contiguous():
         raise ValueError(f"labels must be contiguous [m, a multiple of 16 from n = {n}], got {list(labels.shape)}")
+    if not all(x.is_contiguous() for x in (value, row, offsets, scale, shift, bar)):
+        raise ValueError("value, row, offsets, scale, shift and bar must be contiguous")
     groups, blocks = triton.cdiv(n_latents, GROUP), triton.cdiv(n, COLUMNS)
     copies, narrow = min(COPIES, groups * blocks), value.dtype == torch.int32 and not wide
     at_least = torch.empty(blocks, n_latents, dtype=torch.int32, device=value.device)

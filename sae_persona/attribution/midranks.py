@@ -86,6 +86,8 @@ class SortedColumns:
 
         Whole numbers give whole numbers, exactly, up to 2^53.
         """
+        if not columns.shape[1]:
+            return columns.new_zeros(self.n_latents, 0, dtype=torch.float64)
         return torch.nn.functional.embedding_bag(
             self.row, columns.double(), self.offsets, mode="sum", per_sample_weights=entries.double(),
             include_last_offset=True,

@@ -14,6 +14,7 @@ permutations. The other statistic, given covariates, is in `partial.py`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -89,11 +90,13 @@ def rank_statistics(columns: SortedColumns, labels: Tensor, blocks: np.ndarray) 
     z = columns.products(ranks, labels) * scale - shift
     few = labels.to(torch.int8)
     return [
-        Statistic(
-            z[:, i], scale[:, i], shift[:, i], columns.doubled, lambda source, y=few[:, i].clone(): y[source].T, _TIE
-        )
+        Statistic(z[:, i], scale[:, i], shift[:, i], columns.doubled, partial(_labels_of, few[:, i].clone()), _TIE)
         for i in range(labels.shape[1])
     ]
+
+
+def _labels_of(y: Tensor, source: Tensor) -> Tensor:
+    return y[source].T
 
 
 def squared_block_sums(columns: SortedColumns, entries: Tensor, block: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ def permutation_null(
     """
     device, n_latents = columns.row.device, columns.n_latents
     sign = torch.ones(n_latents, device=device) if direction is None else torch.from_numpy(direction).to(device)
-    scales, shifts = ([part * sign for part in parts] for parts in zip(*((s.scale, s.shift) for s in statistics)))
+    scales, shifts = [s.scale * sign for s in statistics], [s.shift * sign for s in statistics]
     bars = [(s.z.abs() if direction is None else s.z * sign) - s.tie for s in statistics]
     wide = not statistics[0].value.is_floating_point() and bool((columns.sums(columns.doubled.abs()) >= 2**31).any())
     own = [torch.zeros(n_latents, dtype=torch.int64, device=device) for _ in statistics]

@@ -13,6 +13,7 @@ Products are summed in fp32: statistics nearer than 1e-4 standard errors count a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Covariates:
 class Residuals:
     """Projection away from blocks and covariates: constant and collinear covariates take nothing further away.
 
-    values  [m, c] fp64, blocks [m] from 0. DataError if not even three examples are left to tell by.
+    values  [m, c] fp64, blocks [m] from 0. DataError if covariates leave not even three examples to tell by.
     """
 
     def __init__(self, values: np.ndarray, blocks: np.ndarray, device: torch.device | str = "cpu") -> None:
@@ -82,7 +83,7 @@ class Residuals:
         u, s, _ = torch.linalg.svd(centred / centred.norm(dim=0), full_matrices=False)
         self.basis = u[:, s > 1e-8 * s.max()] if len(s) else centred
         self.freedom = len(blocks) - len(self.size) - self.basis.shape[1]
-        if self.freedom < 3:
+        if values.shape[1] and self.freedom < 3:
             raise DataError(
                 f"{self.basis.shape[1]} covariates and {len(self.size)} blocks leave {self.freedom} of {len(blocks)} "
                 f"examples to tell by, at least 3 are needed: give fewer covariates or use coarser blocks"
@@ -121,16 +122,17 @@ def partial_statistics(
     scale = torch.where(norms > 0, root / norms, 0)
     nothing = torch.zeros_like(scale)
 
-    def under(e: Tensor, source: Tensor) -> Tensor:
-        permuted = residuals.beyond(e[source].T)
-        return (permuted / permuted.norm(dim=0)).float()
-
     return [
         Statistic(
-            r[:, i] * root, scale, nothing, value.float(), lambda source, e=left[:, i].clone(): under(e, source), _TIE
+            r[:, i] * root, scale, nothing, value.float(), partial(_residuals_of, left[:, i].clone(), residuals), _TIE
         )
         for i in range(labels.shape[1])
     ]
+
+
+def _residuals_of(e: Tensor, residuals: Residuals, source: Tensor) -> Tensor:
+    permuted = residuals.beyond(e[source].T)
+    return (permuted / permuted.norm(dim=0)).float()
 
 
 def partial_correlation(

@@ -107,6 +107,7 @@ def test_refuses_what_the_contract_excludes(device):
         ({"bar": args["bar"].float()}, r"must be fp64 \[3\]"),
         ({"n": 17}, "a multiple of 16 from n = 17"),
         ({"labels": args["labels"][:, :7]}, "a multiple of 16"),
+        ({"bar": args["bar"].repeat(2)[::2]}, "must be contiguous"),
     ):
         with pytest.raises(ValueError, match=sentence):
             null_counts(**args | bad, two_sided=True)
