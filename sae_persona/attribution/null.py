@@ -162,10 +162,7 @@ def permutation_test(
     """Test all latents by their rank sums for one label: y [m] bool, blocks [m] int from 0."""
     labels = torch.from_numpy(y).to(columns.row.device)[:, None]
     statistics = rank_statistics(columns, labels, blocks)
-    (null,) = permutation_null(
-        columns, statistics, blocks, permutations=permutations, seed=seed, direction=direction
-    )  # fmt: skip
-    return null
+    return permutation_null(columns, statistics, blocks, permutations=permutations, seed=seed, direction=direction)[0]
 
 
 def permuted(blocks: np.ndarray, n: int, *, seed: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:

@@ -88,9 +88,8 @@ class SplitExamples:
 
     def partial(self, columns: SortedColumns, of: int) -> Interval:
         """Partial correlations of some of the latents with one persona."""
-        return partial_correlation(
-            columns, self._value(columns), self.y[:, of], self.personas[of], self.residuals
-        )  # fmt: skip
+        y, persona = self.y[:, of], self.personas[of]
+        return partial_correlation(columns, self._value(columns), y, persona, self.residuals)
 
     def _value(self, columns: SortedColumns) -> Tensor:
         return columns.value if self.by_activation else columns.doubled
