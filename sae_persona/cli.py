@@ -13,10 +13,10 @@ import typer
 from tqdm import tqdm
 
 from sae_persona import cli_training, pipeline
-from sae_persona.activations.lm import load_lm
+from sae_persona.activations.lm import checked_device, load_lm
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
-from sae_persona.errors import RunError, SaePersonaError
+from sae_persona.errors import ConfigError, RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
@@ -148,12 +148,32 @@ def measure(
 
 @app.command()
 @with_flags(config=RankConfig)
-def rank(run: RunPath, persona: Persona, config: RankConfig, as_json: AsJson = False) -> None:
-    """Rank the latents by how well they tell a persona; test the order and repeat it on held-out answers."""
-    ranking = pipeline.rank_stage(Run.open(run), persona, config=config)
-    show_result(ranking, ranking.to_json(), as_json)
-    if ranking[0].p_max_t > 0.05:
-        say(f"no latent tells {persona} better than chance at 5 % (max-T)")
+def rank(
+    run: RunPath,
+    config: RankConfig,
+    persona: Annotated[
+        list[str] | None, typer.Argument(metavar="PERSONA...", help="Personas that the measured labels name.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every persona that is labelled.")] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Rank the latents by how well they tell a persona; test the order and repeat it on held-out answers.
+
+    Several personas are ranked in one pass. Exit status 1 if no latent tells any of them better than chance.
+    """
+    if every == bool(persona):
+        raise ConfigError("name the personas to rank, or pass --all, and not both")
+    rankings = pipeline.rank_all_stage(
+        Run.open(run), None if every else persona, config=config, device=checked_device(device)
+    )
+    found = list(rankings.values())
+    values = [ranking.to_json() for ranking in found]
+    show_result("\n\n".join(map(str, found)), values if every or len(found) > 1 else values[0], as_json)
+    beaten = [ranking.persona for ranking in found if ranking[0].p_max_t > 0.05]
+    if beaten:
+        say(f"no latent tells {', '.join(beaten)} better than chance at 5 % (max-T)")
+    if len(beaten) == len(found):
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,8 @@ from sae_persona.activations.lm import LM
 from sae_persona.activations.texts import read_texts
 from sae_persona.attribution.baselines import difference_of_means
 from sae_persona.attribution.labels import select
-from sae_persona.attribution.rank import RankConfig, rank
+from sae_persona.attribution.partial import Covariates
+from sae_persona.attribution.rank import RankConfig, rank_all
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError, RunError
 from sae_persona.features.measure import MeasureConfig, Measurement, measure
@@ -48,12 +50,30 @@ def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig)
 
 def rank_stage(run: Run, persona: str, *, config: RankConfig, found: Measurement | None = None) -> Ranking:
     """Rank all latents for one persona."""
+    return rank_all_stage(run, (persona,), config=config, found=found)[persona]
+
+
+def rank_all_stage(
+    run: Run,
+    personas: Sequence[str] | None,
+    *,
+    config: RankConfig,
+    found: Measurement | None = None,
+    covariates: Covariates | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Ranking]:
+    """Rank all latents for each persona, None for every one that is labelled. Nothing is written if one cannot be."""
     run.stage("measure")
-    with run.recording("rank", persona=persona, config=asdict(config)):
-        found = found or Measurement.load(run)
-        ranking = rank(found.pooled, found.stats, persona, config)
-        ranking.save(run.ranking(persona))
-    return ranking
+    start = time.perf_counter()
+    found = found or Measurement.load(run)
+    personas = found.pooled.personas if personas is None else personas
+    rankings = rank_all(found.pooled, found.stats, personas, config, covariates=covariates, device=device)
+    # each gets its share of the one pass
+    shared = {"seconds": round((time.perf_counter() - start) / len(rankings), 3), "together": len(rankings)}
+    for persona, ranking in rankings.items():
+        with run.recording("rank", persona=persona, config=asdict(config), **shared):
+            ranking.save(run.ranking(persona))
+    return rankings
 
 
 def open_ranking(run: Run, persona: str) -> Ranking:

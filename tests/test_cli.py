@@ -163,6 +163,27 @@ def test_the_answer_can_be_no(call, run, tmp_path):
     assert "no latent tells coin better than chance at 5 % (max-T)" in err
 
 
+def test_several_personas_are_ranked_at_once(call, run):
+    both = ["cheerful", "formal"]
+    code, shown, err = call("rank", run.path, *both, "--permutations", "99", "--json")
+    rankings = json.loads(shown)
+    assert code == 0 and [one["persona"] for one in rankings] == both, err
+    alone = json.loads(call("rank", run.path, "formal", "--permutations", "99", "--json")[1])
+    assert [row["latent"] for row in rankings[1]["rows"]] == [row["latent"] for row in alone["rows"]]
+    before = run.ranking("formal").read_bytes()
+    for wrong, sentence in (
+        ((), "name the personas to rank, or pass --all, and not both"),
+        (("formal", "--all"), "name the personas to rank, or pass --all, and not both"),
+        (("formal", "formal"), "'formal' is named twice"),
+        (("formal", "formall"), "no example is labelled 'formall'"),
+        (("formal", "--given", "length"), "given length, but no covariates came"),
+        (("formal", "--device", "cuda:99"), "CUDA devices here"),
+    ):
+        code, shown, err = call("rank", run.path, *wrong)
+        assert (code, shown, err.count("\n")) == (2, "", 1) and sentence in err, err
+    assert run.ranking("formal").read_bytes() == before
+
+
 def test_lab_commands(call, tmp_path):
     assert json.loads(call("lab", "show", "--json")[1])["facts"]["correct"] >= 0.95
     code, shown, err = call("lab", "texts", tmp_path / "t", "--n", 5, "--n-labelled", 2, "--n-questions", 1)

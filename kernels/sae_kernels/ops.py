@@ -4,15 +4,33 @@
 `offsets` [n + 1]: token i owns entries offsets[i] to offsets[i + 1].
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sae_kernels import reference
 from sae_kernels.latent_lists import LatentLists, latent_lists
+from sae_kernels.reference import cells
 from sae_kernels.topk import topk
+from sae_kernels.values import CELLS, NullCounts
 
-__all__ = ["LatentLists", "edit_rows", "latent_lists", "sparse_decode", "topk", "weight_grad"]
+__all__ = [
+    "LatentLists",
+    "NullCounts",
+    "cells",
+    "edit_rows",
+    "latent_lists",
+    "null_counts",
+    "sparse_decode",
+    "topk",
+    "weight_grad",
+]
+
+_LATENTS = 2048  # of one product on a CPU
+_SERIAL = 2**15  # elements up to which torch starts no threads
+_EXACT = 2**24  # fp32 holds every whole number up to here
 
 
 def edit_rows(x: Tensor, on: Tensor, enc: Tensor, bias: Tensor, threshold: Tensor, dec: Tensor, line: Tensor) -> Tensor:
@@ -60,3 +78,61 @@ def weight_grad(lists: LatentLists, values: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(
         lists.token, rows.detach(), lists.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )
+
+
+def null_counts(
+    value: Tensor, row: Tensor, offsets: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, bar: Tensor, *,
+    n: int, two_sided: bool, wide: bool = False,
+) -> NullCounts:  # fmt: skip
+    """Compare sums of values * labels, standardised, with a bar for each latent; table in `null_counts.py`.
+
+    On a CPU sparse-dense products in fp32; whole numbers are split into digits whose sums fp32 holds exactly. Only the
+    products are shared out to threads, in large pieces: on a busy machine threads wait for each other, and pieces of
+    the size that stays in the cache took ten times as long in two threads as in one.
+    """
+    if value.is_cuda:
+        from sae_kernels import null_counts as triton_op
+
+        return triton_op.null_counts(
+            value, row, offsets, labels, scale, shift, bar, n=n, two_sided=two_sided, wide=wide
+        )
+    digits = [(1, value)] if value.is_floating_point() else list(_digits(value, offsets))
+    columns, bounds = labels.float(), offsets.tolist()
+    at_least = torch.empty(len(scale), dtype=torch.int64)
+    maxima = torch.full((n,), -torch.inf, dtype=torch.float64)
+    histogram = torch.zeros(CELLS, dtype=torch.int64)
+    for first in range(0, len(scale), _LATENTS):
+        last = min(first + _LATENTS, len(scale))
+        here, within = slice(bounds[first], bounds[last]), offsets[first : last + 1] - bounds[first]
+        sums = [
+            F.embedding_bag(
+                row[here], columns, within, mode="sum", per_sample_weights=digit[here].float(), include_last_offset=True
+            )
+            for _, digit in digits
+        ]
+        for i in range(first, last, step := max(1, _SERIAL // n)):
+            j = min(i + step, last)
+            s = torch.zeros(j - i, n, dtype=torch.float64)
+            for (unit, _), part in zip(digits, sums, strict=True):
+                s.add_(part[i - first : j - first, :n], alpha=unit)
+            s.mul_(scale[i:j, None]).sub_(shift[i:j, None])
+            s = s.abs_() if two_sided else s
+            at_least[i:j] = (s >= bar[i:j, None]).sum(1)
+            maxima = torch.maximum(maxima, s.amax(0))
+            histogram += torch.bincount(cells(s[scale[i:j] != 0]).flatten(), minlength=CELLS)
+    return NullCounts(at_least, maxima, histogram)
+
+
+def _digits(value: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Signed digits of whole numbers, each with its unit, such that a latent's sum of any of them is exact in fp32."""
+    longest = int(offsets.diff().max()) if len(value) else 0
+    if longest * int(value.abs().max() if len(value) else 0) < _EXACT:
+        yield 1, value
+        return
+    base, unit = 2, 1
+    while base * longest < _EXACT:  # a digit is at most half of the base
+        base *= 2
+    while value.any():
+        digit = (value + base // 2) % base - base // 2
+        yield unit, digit
+        value, unit = (value - digit) // base, unit * base

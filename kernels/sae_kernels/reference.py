@@ -14,6 +14,8 @@ from sae_kernels.values import (
     BETAS,
     BLOCK,
     BLOCK_N,
+    CELL_SHIFT,
+    CELLS,
     COUNT,
     EPS,
     FACTOR,
@@ -21,6 +23,7 @@ from sae_kernels.values import (
     FP8_HEADROOM,
     FP8_LARGEST,
     LOSS,
+    LOWEST_CELL,
     LR,
     M_FIX,
     STEP,
@@ -29,6 +32,7 @@ from sae_kernels.values import (
     Entries,
     LatentOrder,
     Latents,
+    NullCounts,
     PackedLists,
     Rows,
 )
@@ -65,6 +69,23 @@ def latent_lists(idx: Tensor, n_latents: int, offsets: Tensor | None = None) -> 
 def weight_grad(lists: LatentLists, values: Tensor, rows: Tensor) -> Tensor:
     terms = values.flatten()[lists.entry, None] * rows[lists.token]
     return torch.stack([terms[a:b].sum(dim=0) for a, b in pairwise(lists.offsets.tolist())])
+
+
+def cells(s: Tensor) -> Tensor:
+    """The cell of the histogram that each statistic is counted in: int64."""
+    return ((s.float().view(torch.int32) >> CELL_SHIFT) - LOWEST_CELL).clamp(0, CELLS - 1).long()
+
+
+def null_counts(
+    value: Tensor, row: Tensor, offsets: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, bar: Tensor, *,
+    n: int, two_sided: bool, wide: bool = False,
+) -> NullCounts:  # fmt: skip
+    labels = labels[:, :n].double()
+    sums = torch.stack([value[a:b].double() @ labels[row[a:b]] for a, b in pairwise(offsets.tolist())])
+    s = sums * scale[:, None] - shift[:, None]
+    s = s.abs() if two_sided else s
+    histogram = torch.bincount(cells(s[scale != 0]).flatten(), minlength=CELLS)
+    return NullCounts((s >= bar[:, None]).sum(1), s.amax(0), histogram)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,6 +11,19 @@ FP8_HEADROOM = 1.125  # by how much a row's largest value may grow in a step
 BLOCK = 128  # entries that `block_sums` adds up at once
 BLOCK_N = 128  # tokens that `column_sums` adds up at once
 
+CELL_SHIFT = 12  # `null_counts`: a cell is the leading bits of a statistic in fp32, 11 of them its mantissa's,
+LOWEST_CELL = (127 - 5) << (23 - CELL_SHIFT)  # counted from 2^-5: what is smaller, or negative, is in the first cell
+CELLS = 16 << (23 - CELL_SHIFT)  # and from 2^11 on all is in the last. So a cell is at most 1 / 2048 of its value wide
+
+
+@dataclass(frozen=True)
+class NullCounts:
+    """Counts over statistics of permuted labels; shapes in `null_counts.py`."""
+
+    at_least: Tensor
+    maxima: Tensor
+    histogram: Tensor
+
 
 @dataclass(frozen=True)
 class Entries:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import ndtri, stdtrit
+from torch import Tensor
 
 from sae_persona.attribution.midranks import SortedColumns
 
@@ -44,7 +46,7 @@ class Association:
 
 def associate(columns: SortedColumns, y: np.ndarray) -> Association:
     """Measure every column against ``y`` [m] bool, of which at least two are True and two False."""
-    positive, negative = columns[y], columns[~y]
+    positive, negative = columns.rows(np.flatnonzero(y)), columns.rows(np.flatnonzero(~y))
     n1, n0 = positive.m, negative.m
     mean1, spread1 = _moments(positive, positive.value)
     mean0, spread0 = _moments(negative, negative.value)
@@ -55,27 +57,56 @@ def associate(columns: SortedColumns, y: np.ndarray) -> Association:
         d = difference / np.sqrt((spread1 + spread0) / (n1 + n0 - 2))
         return Association(
             auroc=_auroc(columns, positive, negative, y),
-            r=_around(np.arctanh(r), _NORMAL / np.sqrt(max(n1 + n0 - 3, 1)), through=np.tanh),
+            r=fisher(r, n1 + n0 - 3),
             difference=_welch(difference, spread1 / (n1 - 1) / n1, spread0 / (n0 - 1) / n0, n1, n0),
             d=_around(d, _NORMAL * np.sqrt((n1 + n0) / (n1 * n0) + d**2 / (2 * (n1 + n0)))),
         )
+
+
+def aurocs(columns: SortedColumns, labels: Tensor) -> Tensor:
+    """AUROC of every column for every label, ties half: labels [m, c] of zeros and ones -> [n_latents, c] fp64.
+
+    One sparse-dense product. NaN where a label has one class.
+    """
+    n1 = labels.double().sum(0)
+    rank_sums = columns.products(columns.doubled, labels) / 2 + n1 * columns.zero_midrank[:, None]
+    return (rank_sums - n1 * (n1 + 1) / 2) / (n1 * (columns.m - n1))
+
+
+def correlations(columns: SortedColumns, labels: Tensor) -> Tensor:
+    """Point-biserial correlation of every column with every label: labels [m, c] -> [n_latents, c] fp64.
+
+    One sparse-dense product. NaN where a column or a label does not vary.
+    """
+    centred = labels.double() - labels.double().mean(0)
+    mean = columns.sums(columns.value) / columns.m
+    spread = columns.sums((columns.value - mean[columns.latent]) ** 2) + columns.zeros * mean**2
+    scale = (spread[:, None] * centred.square().sum(0)).sqrt()
+    return (columns.products(columns.value, centred) / scale).clamp(-1, 1)
+
+
+def fisher(r: np.ndarray, freedom: float) -> Interval:
+    """Fisher's interval of a correlation; freedom: examples - 3 - what else is controlled for."""
+    with np.errstate(divide="ignore"):
+        return _around(np.arctanh(r), _NORMAL / np.sqrt(max(freedom, 1)), through=np.tanh)
 
 
 def _around(value: np.ndarray, half_width: Any, through: Any = lambda x: x) -> Interval:
     return Interval(through(value), through(value - half_width), through(value + half_width))
 
 
-def _moments(columns: SortedColumns, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(columns: SortedColumns, entries: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sum of squared deviations of each column whose non-zeros are ``entries`` [nnz]."""
     mean = columns.sums(entries) / columns.m
-    return mean, columns.sums((entries - mean[columns.latent]) ** 2) + columns.zeros * mean**2
+    spread = columns.sums((entries - mean[columns.latent]) ** 2) + columns.zeros * mean**2
+    return mean.cpu().numpy(), spread.cpu().numpy()
 
 
 def _auroc(columns: SortedColumns, positive: SortedColumns, negative: SortedColumns, y: np.ndarray) -> Interval:
     n1, n0 = positive.m, negative.m
-    shows = y[columns.row]
-    rank_sum = columns.sums(columns.centred * shows) + n1 * columns.zero_midrank
-    auroc = (rank_sum - n1 * (n1 + 1) / 2) / (n1 * n0)
+    labels = torch.from_numpy(y).to(columns.row.device)
+    auroc = aurocs(columns, labels[:, None])[:, 0].cpu().numpy()
+    shows = labels[columns.row]
     # an example's rank among all minus its rank in its own class counts the other class's examples below it;
     # both ranks are shifted by constants, which a variance does not see
     _, spread1 = _moments(positive, (columns.centred[shows] - positive.centred) / n0)

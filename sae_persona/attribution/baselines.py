@@ -64,7 +64,7 @@ def dense_baselines(
     scores = SortedColumns.of(x_held @ weights)
     fitted, repeated = associate(SortedColumns.of(x_train @ weights), train.y), associate(scores, held_out.y)
     null = permutation_test(
-        scores.matrix,
+        scores,
         held_out.y,
         held_out.blocks,
         permutations=permutations,

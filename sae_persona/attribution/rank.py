@@ -1,19 +1,26 @@
 """Rank all latents by how well they tell a persona, test the order, and repeat it on held-out examples."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from sae_persona.attribution.association import Association, associate
+from sae_persona.attribution.association import Association, Interval, associate, aurocs
 from sae_persona.attribution.baselines import dense_baselines, random_latents
-from sae_persona.attribution.labels import Within, select
+from sae_persona.attribution.consistency import Consistency, consistency
+from sae_persona.attribution.labels import Within
 from sae_persona.attribution.midranks import SortedColumns
-from sae_persona.attribution.null import Null, permutation_test
+from sae_persona.attribution.null import Null, permutation_null, rank_statistics
+from sae_persona.attribution.partial import Covariates
 from sae_persona.attribution.ranking import RankedLatent, Ranking
+from sae_persona.attribution.splits import Labelled, SplitExamples
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.pooled import POOLS, Pool, Pooled
 from sae_persona.features.stats import LatentStats
+
+By = Literal["rank", "activation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +29,11 @@ class RankConfig:
 
     pool: Pool = "pre"
     """What an example's activation is: at the token before the answer, or the max or mean over the answer."""
+    by: By = "rank"
+    """What goes with the label: a latent's midranks (rank sums, the order of AUROC), or its activations (correlation
+    within blocks)."""
+    given: tuple[str, ...] = ()
+    """Covariates to control for: the ranking is then by the partial correlation given them."""
     within: tuple[Within, ...] = ("template", "domain")
     """Labels are permuted among examples that share these; none: among all."""
     permutations: int = 1000
@@ -40,6 +52,8 @@ class RankConfig:
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise ConfigError(f"pool is one of {', '.join(POOLS)}, got {self.pool!r}")
+        if self.by not in ("rank", "activation"):
+            raise ConfigError(f"by is rank or activation, got {self.by!r}")
         if unknown := set(self.within) - {"template", "domain", "author"}:
             raise ConfigError(f"within takes template, domain and author, got {', '.join(sorted(unknown))}")
         if min(self.permutations, self.top, self.matched) < 1:
@@ -52,75 +66,171 @@ class RankConfig:
             raise ConfigError(f"probe_c is above 0, got {self.probe_c}")
 
 
-def rank(pooled: Pooled, stats: LatentStats, persona: str, config: RankConfig | None = None) -> Ranking:
-    """Rank the latents of ``pooled`` for a persona.
+def rank(
+    pooled: Pooled,
+    stats: LatentStats,
+    persona: str,
+    config: RankConfig | None = None,
+    *,
+    covariates: Covariates | None = None,
+    device: str | torch.device = "cpu",
+) -> Ranking:
+    """Rank the latents of ``pooled`` for a persona: ``rank_all`` of one."""
+    return rank_all(pooled, stats, (persona,), config, covariates=covariates, device=device)[persona]
 
-    Ranks by the size of the standardised rank sum on the train split; the held-out split decides nothing, it only
-    repeats, in the direction found on train. DataError as in ``select``, and if no latent fires often enough.
+
+def rank_all(
+    pooled: Pooled,
+    stats: LatentStats,
+    personas: Sequence[str],
+    config: RankConfig | None = None,
+    *,
+    covariates: Covariates | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Ranking]:
+    """Rank the latents of ``pooled`` for each persona, on one device.
+
+    covariates   of all examples, from which ``config.given`` picks
+
+    Ranks by the size of the standardised statistic on the train split; the held-out split decides nothing, it only
+    repeats, in the direction found on train. Latents are sorted once; personas that are labelled on the same examples,
+    in the same blocks, are tested in one pass under the same permutations, others in passes of their own. Each gets
+    the ranking that it would get alone.
+
+    DataError as in ``select``, for a persona named twice, if no latent fires often enough, for covariates that are
+    missing at an example, or that explain a label wholly; ConfigError for one that there is not. Before any result.
     """
     config = config or RankConfig()
-    train = select(pooled, persona, "train", within=config.within)
-    held_out = select(pooled, persona, "held_out", within=config.within)
-    values = pooled.pools[config.pool]
-    rates = values[train.rows].getnnz(axis=0) / len(train.rows)
-    tested = np.flatnonzero((rates > 0) & (rates >= config.min_rate))
-    if not len(tested):
-        raise DataError(
-            f"no latent fires on {config.min_rate:.1%} of the {len(train.rows)} train examples ({config.pool!r}): "
-            f"lower min_rate or choose another pool"
-        )
-    columns = SortedColumns.of(values[train.rows][:, tested])
-    repeated = SortedColumns.of(values[held_out.rows][:, tested])
-    found, again = associate(columns, train.y), associate(repeated, held_out.y)
-    settings: dict[str, Any] = {"permutations": config.permutations, "seed": config.seed}
-    null = permutation_test(columns.matrix, train.y, train.blocks, **settings)
-    direction = np.where(null.z < 0, -1.0, 1.0)
-    order = np.argsort(-np.abs(null.z), kind="stable")
-    top = order[: config.top]
-    null_again = permutation_test(
-        repeated.matrix[top], held_out.y, held_out.blocks, direction=direction[top], **settings
-    )
-    oriented = np.where(direction > 0, again.auroc.value, 1 - again.auroc.value)
-    return Ranking(
-        persona=persona,
-        config=asdict(config) | {"within": list(config.within)},
-        n_train=train.counts,
-        n_held_out=held_out.counts,
-        n_blocks=train.n_blocks,
-        n_tested=len(tested),
-        rows=_rows(top, tested, stats, (found, null), (again, null_again)),
-        dense=dense_baselines(
-            pooled.dense["pre" if config.pool == "pre" else "mean"], train, held_out, probe_c=config.probe_c, **settings
-        ),
-        random=random_latents(rates[tested], oriented, int(order[0]), config.matched),
-    )
+    if twice := [name for i, name in enumerate(personas) if name in personas[:i]]:
+        raise DataError(f"{twice[0]!r} is named twice: name each persona once")
+    if not personas:
+        raise DataError(f"no persona to rank: the labels are {', '.join(pooled.personas) or 'none'}")
+    known = _known(pooled, covariates, config)
+    groups: dict[tuple[bytes, ...], list[Labelled]] = {}
+    for persona in personas:
+        labelled = Labelled.of(pooled, persona, config.within)
+        groups.setdefault(labelled.examples, []).append(labelled)
+    columns = SortedColumns.of(pooled.pools[config.pool], device)
+    found: dict[str, Ranking] = {}
+    for group in groups.values():
+        found |= {one.persona: one for one in _Group(pooled, stats, columns, known, group, config).rankings()}
+    return {persona: found[persona] for persona in personas}
 
 
-def _rows(
-    top: np.ndarray,
-    tested: np.ndarray,
-    stats: LatentStats,
-    train: tuple[Association, Null],
-    held_out: tuple[Association, Null],
-) -> tuple[RankedLatent, ...]:
-    """Rows for the latents ``top``, which index ``tested``; the held-out null holds ``top`` only."""
-    (found, null), (again, null_again) = train, held_out
-    firing_rate, p999 = stats.firing_rate.tolist(), stats.p999.tolist()
-    return tuple(
-        RankedLatent(
-            latent=int(tested[i]),
-            z=float(null.z[i]),
-            p_max_t=float(null.p_max_t[i]),
-            q_bh=float(null.q_bh[i]),
-            auroc=found.auroc.at(i),
-            r=found.r.at(i),
-            difference=found.difference.at(i),
-            d=found.d.at(i),
-            held_out_z=float(null_again.z[place]),
-            held_out_auroc=again.auroc.at(i),
-            held_out_p=float(null_again.p[place]),
-            firing_rate=firing_rate[tested[i]],
-            p999=p999[tested[i]],
+def _known(pooled: Pooled, covariates: Covariates | None, config: RankConfig) -> Covariates | None:
+    """The covariates that are controlled for, if any."""
+    if not config.given:
+        return None
+    if covariates is None:
+        raise ConfigError(f"given {', '.join(config.given)}, but no covariates came with the examples")
+    if len(covariates.values) != len(pooled):
+        raise DataError(f"covariates are of {len(covariates.values)} examples, there are {len(pooled)}")
+    return covariates.named(config.given)
+
+
+class _Group:
+    """Personas that are labelled on the same examples, in the same blocks."""
+
+    def __init__(
+        self, pooled: Pooled, stats: LatentStats, columns: SortedColumns, known: Covariates | None,
+        labelled: Sequence[Labelled], config: RankConfig,
+    ) -> None:  # fmt: skip
+        self.pooled, self.stats, self.config, self.labelled = pooled, stats, config, labelled
+        over = columns.rows(labelled[0].train.rows)
+        self.rates = over.counts.cpu().numpy() / over.m
+        self.tested = np.flatnonzero((self.rates > 0) & (self.rates >= config.min_rate))
+        if not len(self.tested):
+            raise DataError(
+                f"no latent fires on {config.min_rate:.1%} of the {over.m} train examples ({config.pool!r}): "
+                f"lower min_rate or choose another pool"
+            )
+        columns = columns.latents(self.tested)
+        by_activation = config.by == "activation"
+        self.train, self.held_out = (
+            SplitExamples.of(split, columns, labelled, known, by_activation) for split in ("train", "held_out")
         )
-        for place, i in enumerate(top)
-    )
+        self.settings: dict[str, Any] = {"permutations": config.permutations, "seed": config.seed}
+
+    def rankings(self) -> Iterator[Ranking]:
+        """One for each persona."""
+        train = self.train
+        nulls = permutation_null(train.columns, train.statistics(train.columns), train.blocks, **self.settings)
+        alone = [null.z for null in nulls]
+        if self.config.given:
+            plain = rank_statistics(train.columns, train.labels(), train.blocks)
+            alone = [statistic.z.cpu().numpy() for statistic in plain]
+        again = aurocs(self.held_out.columns, self.held_out.labels()).cpu().numpy()
+        for i in range(len(self.labelled)):
+            yield self._ranking(i, nulls[i], alone[i], again[:, i])
+
+    def _ranking(self, i: int, null: Null, alone: np.ndarray, held_out_auroc: np.ndarray) -> Ranking:
+        config, labelled = self.config, self.labelled[i]
+        direction = np.where(null.z < 0, -1.0, 1.0)
+        order = np.argsort(-np.abs(null.z), kind="stable")
+        oriented = np.where(direction > 0, held_out_auroc, 1 - held_out_auroc)
+        return Ranking(
+            persona=labelled.persona,
+            config=asdict(config) | {"within": list(config.within), "given": list(config.given)},
+            n_train=labelled.train.counts,
+            n_held_out=labelled.held_out.counts,
+            n_blocks=labelled.train.n_blocks,
+            n_tested=len(self.tested),
+            rows=self._rows(i, order[: config.top], null, alone, direction),
+            dense=dense_baselines(
+                self.pooled.dense["pre" if config.pool == "pre" else "mean"],
+                labelled.train, labelled.held_out, probe_c=config.probe_c, **self.settings,
+            ),
+            random=random_latents(self.rates[self.tested], oriented, int(order[0]), config.matched),
+        )  # fmt: skip
+
+    def _rows(
+        self, i: int, top: np.ndarray, null: Null, alone: np.ndarray, direction: np.ndarray
+    ) -> tuple[RankedLatent, ...]:
+        """Rows for the latents ``top``, which index the tested ones."""
+        few = np.sort(top)
+        first, second = self.train.columns.latents(few), self.held_out.columns.latents(few)
+        (repeated,) = permutation_null(
+            second,
+            self.held_out.statistics(second, i),
+            self.held_out.blocks,
+            direction=direction[few],
+            **self.settings,
+        )
+        labelled = self.labelled[i]
+        templates = self.pooled.template[labelled.train.rows]
+        same = consistency(first, labelled.train.y, templates, direction[few])
+        found = associate(first, labelled.train.y), associate(second, labelled.held_out.y)
+        partials = self.train.partial(first, i), self.held_out.partial(second, i)
+        return tuple(
+            self._row(int(j), int(np.searchsorted(few, j)), null, alone, repeated, found, partials, same) for j in top
+        )
+
+    def _row(
+        self, j: int, place: int, null: Null, alone: np.ndarray, repeated: Null,
+        found: tuple[Association, Association], partials: tuple[Interval, Interval], same: Consistency,
+    ) -> RankedLatent:  # fmt: skip
+        """The row of tested latent ``j``; what is of the top latents only has it at ``place``."""
+        train, held_out = found
+        latent = int(self.tested[j])
+        return RankedLatent(
+            latent=latent,
+            z=float(null.z[j]),
+            p_max_t=float(null.p_max_t[j]),
+            q_bh=float(null.q_bh[j]),
+            auroc=train.auroc.at(place),
+            r=train.r.at(place),
+            difference=train.difference.at(place),
+            d=train.d.at(place),
+            held_out_z=float(repeated.z[place]),
+            held_out_auroc=held_out.auroc.at(place),
+            held_out_p=float(repeated.p[place]),
+            firing_rate=float(self.stats.firing_rate[latent]),
+            p999=float(self.stats.p999[latent]),
+            unadjusted_z=float(alone[j]),
+            partial=partials[0].at(place),
+            held_out_partial=partials[1].at(place),
+            n_templates=same.n,
+            agreement=float(same.agreement[place]),
+            template_low=float(same.low[place]),
+            template_high=float(same.high[place]),
+        )

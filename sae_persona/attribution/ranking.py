@@ -11,7 +11,8 @@ from sae_persona.attribution.baselines import DenseBaseline, RandomLatents
 from sae_persona.errors import FormatError
 from sae_persona.runs import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
+_UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class RankedLatent:
 
     latent: int
     z: float
-    """Standardised rank sum on train, within blocks: what the ranking is sorted by, by size."""
+    """What the ranking is sorted by, by size: the standardised rank sum on train, within blocks; by activations or
+    given covariates, the partial correlation times the root of the freedom left."""
     p_max_t: float
     q_bh: float
     auroc: Interval
@@ -35,6 +37,18 @@ class RankedLatent:
     """Share of the corpus's tokens on which it fires."""
     p999: float
     """99.9th percentile of its non-zero activations over the corpus."""
+    unadjusted_z: float = math.nan
+    """Given covariates: the standardised rank sum without them. Else z."""
+    partial: Interval = _UNKNOWN
+    """Partial correlation on train of midranks (or activations) and label, within blocks and given the covariates."""
+    held_out_partial: Interval = _UNKNOWN
+    n_templates: int = 0
+    """Templates of the train split that have two examples of each class at least."""
+    agreement: float = math.nan
+    """Share of them in which the latent goes in the direction of z."""
+    template_low: float = math.nan
+    """Smallest AUROC within a template; template_high is the largest."""
+    template_high: float = math.nan
 
     @property
     def direction(self) -> int:
@@ -84,9 +98,12 @@ class Ranking(Sequence[RankedLatent]):
             f"train {self.n_train[0]} + {self.n_train[1]}, held-out {self.n_held_out[0]} + {self.n_held_out[1]}; "
             f"{config['permutations']} permutations within {self.n_blocks} blocks ({within})"
         )
+        given = config.get("given") or ()
+        if given:
+            title += f"; given {', '.join(given)}"
         heads = ["latent", "z", "p max-T", "q BH", "AUROC train", "AUROC held-out", "p held-out"]
-        heads += ["r", "mean diff", "d", "fires", "p99.9"]
-        cells = [[str(row.latent), *_cells(row)] for row in self.rows[:n]]
+        heads += [*(("z alone", "partial r") if given else ("r",)), "mean diff", "d", "templates", "fires", "p99.9"]
+        cells = [[str(row.latent), *_cells(row, bool(given))] for row in self.rows[:n]]
         for base in self.dense:
             auroc, repeated = _interval(base.auroc), _interval(base.held_out_auroc)
             cells.append([base.name, "", "", "", auroc, repeated, f"{base.held_out_p:.3g}"])
@@ -124,7 +141,7 @@ class Ranking(Sequence[RankedLatent]):
         return cls.from_json(read_json(path, "ranking"), str(path))
 
 
-def _cells(row: RankedLatent) -> list[str]:
+def _cells(row: RankedLatent, given: bool) -> list[str]:
     return [
         f"{row.z:+.1f}",
         f"{row.p_max_t:.3g}",
@@ -132,12 +149,21 @@ def _cells(row: RankedLatent) -> list[str]:
         _interval(row.auroc),
         _interval(row.held_out_auroc),
         f"{row.held_out_p:.3g}",
-        f"{row.r.value:+.2f}",
+        *((f"{row.unadjusted_z:+.1f}", f"{row.partial.value:+.2f}") if given else (f"{row.r.value:+.2f}",)),
         f"{row.difference.value:+.3g}",
         f"{row.d.value:+.2f}",
+        _templates(row),
         f"{row.firing_rate:.2%}",
         f"{row.p999:.3g}",
     ]
+
+
+def _templates(row: RankedLatent) -> str:
+    """In how many templates the latent goes its way, and between which AUROCs."""
+    if not row.n_templates:
+        return "-"
+    agree = round(row.agreement * row.n_templates)
+    return f"{agree}/{row.n_templates} {row.template_low:.2f}-{row.template_high:.2f}"
 
 
 def _interval(interval: Interval) -> str:

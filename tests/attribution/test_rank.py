@@ -8,7 +8,8 @@ import torch
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from sae_persona.attribution.rank import RankConfig, rank
+from sae_persona.attribution.partial import Covariates
+from sae_persona.attribution.rank import RankConfig, rank, rank_all
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.features.pooled import POOLS, Pooled
@@ -115,7 +116,7 @@ def test_is_a_sequence_and_goes_through_a_file(ranking, tmp_path):
     ranking.save(tmp_path / "pirate.json")
     again = Ranking.load(tmp_path / "pirate.json")
     assert again == ranking and again[0].auroc.low == ranking[0].auroc.low
-    assert RankConfig(**again.config | {"within": tuple(again.config["within"])}) == CONFIG
+    assert RankConfig(**again.config | {name: tuple(again.config[name]) for name in ("within", "given")}) == CONFIG
     # what is not a number is null in the file and nan again
     odd = replace(ranking, rows=(replace(ranking[0], p999=float("nan")),))
     odd.save(tmp_path / "odd.json")
@@ -124,8 +125,8 @@ def test_is_a_sequence_and_goes_through_a_file(ranking, tmp_path):
 
 def test_a_bad_file_is_one_line(ranking, tmp_path):
     value = ranking.to_json()
-    with pytest.raises(FormatError, match="format 2, this version reads 1"):
-        Ranking.from_json(value | {"format": 2})
+    with pytest.raises(FormatError, match="format 1, this version reads 2"):
+        Ranking.from_json(value | {"format": 1})
     with pytest.raises(FormatError, match="not a whole ranking"):
         Ranking.from_json({name: part for name, part in value.items() if name != "rows"})
     with pytest.raises(FormatError, match="not a whole ranking"):
@@ -139,6 +140,7 @@ def test_a_bad_file_is_one_line(ranking, tmp_path):
     [
         ({"pool": "last"}, "pool is one of pre, max, mean, got 'last'"),
         ({"within": ("colour",)}, "within takes template, domain and author, got colour"),
+        ({"by": "size"}, "by is rank or activation, got 'size'"),
         ({"permutations": 0}, "at least 1, got 0, 50, 100"),
         ({"min_rate": 5}, "between 0 and 1, got 5"),
         ({"probe_c": 0}, "above 0, got 0"),
@@ -152,3 +154,100 @@ def test_settings_that_cannot_be(setting, sentence):
 def test_config_is_inert_and_the_seed_decides(pooled, stats, ranking):
     assert RankConfig(**asdict(CONFIG)) == CONFIG
     assert rank(pooled, stats, "pirate", CONFIG) == ranking
+
+
+@pytest.fixture(scope="module")
+def several(pooled) -> Pooled:
+    """Three personas on the same examples, and one with labels missing."""
+    y = pooled.labels[:, 0]
+    noise = np.random.default_rng(1).integers(0, 2, (2, len(y))).astype(np.float32)
+    some = np.where(np.arange(len(y)) % 3, noise[1], np.nan).astype(np.float32)
+    labels = np.stack([y, 1 - y, noise[0], some], axis=1)
+    return replace(pooled, personas=("pirate", "landsman", "coin", "some"), labels=labels)
+
+
+def test_personas_ranked_together_get_the_rankings_that_they_get_alone(several, stats):
+    found = rank_all(several, stats, ("some", "coin", "pirate", "landsman"), CONFIG)
+    assert list(found) == ["some", "coin", "pirate", "landsman"]
+    for persona, ranking in found.items():
+        alone = rank(several, stats, persona, CONFIG)
+        assert [row.latent for row in ranking] == [row.latent for row in alone]
+        for row, other in zip(ranking, alone, strict=True):
+            assert (row.p_max_t, row.q_bh, row.held_out_p) == (other.p_max_t, other.q_bh, other.held_out_p)
+            assert row.z == pytest.approx(other.z, abs=1e-12) and row.auroc == other.auroc
+    assert found["landsman"][0].z == pytest.approx(-found["pirate"][0].z)
+    assert sum(found["some"].n_train) < sum(found["coin"].n_train)
+
+
+def test_personas_that_cannot_be_ranked(several, stats):
+    with pytest.raises(DataError, match="'coin' is named twice"):
+        rank_all(several, stats, ("coin", "pirate", "coin"), CONFIG)
+    with pytest.raises(DataError, match="no example is labelled 'pirrate'"):
+        rank_all(several, stats, ("coin", "pirrate"), CONFIG)
+    with pytest.raises(DataError, match="no persona to rank"):
+        rank_all(several, stats, (), CONFIG)
+
+
+def test_latents_that_never_fire_are_no_trouble(pooled, stats):
+    silent = replace(pooled, pools=dict.fromkeys(POOLS, sparse.csr_matrix((len(pooled), N_LATENTS), dtype=np.float32)))
+    with pytest.raises(DataError, match="no latent fires"):
+        rank(silent, stats, "pirate", CONFIG)
+    with pytest.raises(DataError, match="no latent fires"):
+        rank(silent, stats, "pirate", replace(CONFIG, min_rate=0))
+
+
+@pytest.fixture(scope="module")
+def confounded(pooled) -> tuple[Pooled, Covariates]:
+    """Latent 0 tracks length, and so does the label."""
+    generator = np.random.default_rng(2)
+    length = 20 + 15 * pooled.labels[:, 0] + generator.normal(0, 8, len(pooled))
+    acts = pooled.pools["pre"].toarray()
+    acts[:, 0] = np.maximum(0, length - 15 + generator.normal(0, 4, len(pooled)))
+    known = Covariates(("length", "mood"), np.stack([length, generator.normal(size=len(pooled))], axis=1))
+    return replace(pooled, pools=dict.fromkeys(POOLS, sparse.csr_matrix(acts))), known
+
+
+def test_a_confound_ranks_high_and_is_gone_given_what_it_tracks(confounded, stats):
+    pooled, known = confounded
+    plain = {row.latent: row for row in rank(pooled, stats, "pirate", CONFIG, covariates=known)}
+    assert plain[0].p_max_t == 1 / 200 and plain[0].unadjusted_z == plain[0].z > 6
+    config = replace(CONFIG, given=("length",), top=N_LATENTS)
+    ranking = rank(pooled, stats, "pirate", config, covariates=known)
+    given = {row.latent: row for row in ranking}
+    assert given[0].p_max_t > 0.05 and abs(given[0].z) < 3.5 and abs(given[0].partial.value) < 0.25
+    assert given[0].unadjusted_z == pytest.approx(plain[0].z) and given[0].auroc == plain[0].auroc
+    assert given[RISES].p_max_t == given[RISES].held_out_p == 1 / 200
+    assert [abs(row.z) for row in ranking] == sorted((abs(row.z) for row in ranking), reverse=True)
+    assert "; given length" in str(ranking) and "z alone  partial r" in str(ranking)
+    assert max(map(len, str(ranking).splitlines()[2:])) < 190
+    assert Ranking.from_json(ranking.to_json()) == ranking
+
+
+def test_covariates_that_are_not_there(confounded, stats):
+    pooled, known = confounded
+    with pytest.raises(ConfigError, match="given length, but no covariates came"):
+        rank(pooled, stats, "pirate", replace(CONFIG, given=("length",)))
+    with pytest.raises(ConfigError, match="no covariate is named size: there are length, mood"):
+        rank(pooled, stats, "pirate", replace(CONFIG, given=("size",)), covariates=known)
+    with pytest.raises(DataError, match="covariates are of 3 examples, there are 400"):
+        short = Covariates(known.names, known.values[:3])
+        rank(pooled, stats, "pirate", replace(CONFIG, given=("length",)), covariates=short)
+    missing = Covariates(known.names, known.values.copy())
+    missing.values[7] = np.nan
+    with pytest.raises(DataError, match="'length' is not a number at 1 of 200 held_out examples"):
+        rank(pooled, stats, "pirate", replace(CONFIG, given=("length",)), covariates=missing)
+
+
+def test_by_activation_ranks_by_the_correlation_within_blocks(pooled, stats, ranking):
+    found = rank(pooled, stats, "pirate", replace(CONFIG, by="activation", within=()))
+    assert {row.latent for row in found[:3]} == {RISES, FALLS, TRAIN_ONLY}
+    for row in found:
+        assert row.partial.value == pytest.approx(row.r.value) and row.z == pytest.approx(row.r.value * 199**0.5)
+        assert row.partial.low == pytest.approx(row.r.low)
+
+
+def test_rows_tell_whether_templates_agree(ranking):
+    rows = {row.latent: row for row in ranking}
+    assert rows[RISES].n_templates == 4 and rows[RISES].agreement == rows[FALLS].agreement == 1
+    assert 0.5 < rows[RISES].template_low <= rows[RISES].auroc.value <= rows[RISES].template_high
+    assert f"4/4 {rows[RISES].template_low:.2f}-" in str(ranking)

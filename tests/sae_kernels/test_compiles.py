@@ -18,7 +18,7 @@ SHARED = 232448  # bytes that a block may have on sm_90
 N, K = 256, 32
 SHAPES = {"odd": (80, 1003, 3), "realistic": (768, 65536, 64)}  # d, n_latents, and k of select and rescore
 TIGHT = ("_encode_kernel", "_select_kernel", "_row_update_kernel", "_decode_error_kernel", "_rescore_kernel")
-TIGHT += ("_group_sums_kernel", "_winners_kernel")
+TIGHT += ("_group_sums_kernel", "_winners_kernel", "_null_counts_kernel")
 
 
 def compiled() -> list[dict]:
@@ -95,6 +95,7 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     from sae_kernels.decode_error import columns_for, decode_error, group_sums
     from sae_kernels.edit_rows import edit_rows
     from sae_kernels.encode import chunk_for, encode
+    from sae_kernels.null_counts import null_counts
     from sae_kernels.packed_lists import packed_lists
     from sae_kernels.prepare import prepare
     from sae_kernels.rescore import rescore
@@ -175,6 +176,15 @@ def _call_all(d: int, n_latents: int, k: int) -> None:
     row_dots(rows, rows)
     edits, of_edits = room(8, d), room(8)
     edit_rows(z, room(N, 8, dtype=torch.bool), edits, of_edits, of_edits, edits, room(8, 4))
+
+    row, offsets, by_latent = (
+        room(N, dtype=torch.int64),
+        room(n_latents + 1, dtype=torch.int64),
+        [of_latents.double()] * 3,
+    )
+    for dtypes, wide in (((int32, torch.int8), False), ((int32, torch.int8), True), ((torch.float32,) * 2, False)):
+        value, labels = room(N, dtype=dtypes[0]), room(N, 1024, dtype=dtypes[1])
+        null_counts(value, row, offsets, labels, *by_latent, n=1000, two_sided=True, wide=wide)
 
 
 if __name__ == "__main__":
