@@ -17,7 +17,8 @@ from sae_persona.activations.lm import load_lm
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
 from sae_persona.errors import RunError, SaePersonaError
-from sae_persona.features.measure import MeasureConfig, Measurement
+from sae_persona.features.measure import MeasureConfig
+from sae_persona.features.scan import findings
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.report.firing import FiringReport
@@ -189,8 +190,8 @@ def dead(
     below: Annotated[float, typer.Option(help="Firing rate under which a latent counts as rare.")] = 1e-5,
     as_json: AsJson = False,
 ) -> None:
-    """Which latents of a measured run never fire, and how often the others do, by decade."""
-    found = FiringReport.of_stats(Measurement.load(Run.open(run)).stats)
+    """Which latents of a scanned or measured run never fire, and how often the others do, by decade."""
+    found = FiringReport.of_stats(findings(Run.open(run)).stats)
     rare = sum(decade.n for decade in found.decades if decade.high <= below)
     show_result(f"{found}\n{rare} latents fire on less than {below:g} of the tokens", found.to_json(), as_json)
 

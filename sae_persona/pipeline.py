@@ -18,9 +18,10 @@ from sae_persona.attribution.labels import select
 from sae_persona.attribution.rank import RankConfig, rank
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
+from sae_persona.features.corpus import scan
 from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.features.pooled import Pooled
-from sae_persona.features.scan import Scan, ScanConfig, Share, scan
+from sae_persona.features.scan import Scan, ScanConfig, Share
 from sae_persona.runs import Run
 from sae_persona.sae.formats import load_sae
 from sae_persona.steering.answers import AnswerConfig, answer

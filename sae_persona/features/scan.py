@@ -1,38 +1,30 @@
-"""The dictionary pass: one reading of a corpus, and what every latent does in it.
+"""What one reading of a corpus finds of every latent, and the file of it.
 
-    texts ─► groups ─► model ─► SAE ─► firings ─► statistics, first and last, contexts, sampled contexts, co-firing
-
-All of it is kept on the model's device and merges: parts of a corpus, scanned apart, are the whole. Counts, maxima,
-contexts and the sample for co-firing are so to the bit where the activations are; sums to the rounding of fp64.
+Parts of a corpus, scanned apart, merge to the whole. Counts, maxima, contexts and the sample for co-firing are then the
+same to the bit where the activations are; sums to the rounding of fp64.
 """
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import torch
-from torch import Tensor
 
-from sae_persona.activations.groups import Group
-from sae_persona.activations.lm import LM
-from sae_persona.activations.sequences import Place, Which, kept
-from sae_persona.activations.stream import FromModel, StreamConfig, from_model
-from sae_persona.activations.texts import read_texts
+from sae_persona.activations.sequences import Which
+from sae_persona.activations.stream import StreamConfig
 from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.features.cofiring import CoFiring, Neighbours
 from sae_persona.features.contexts import Context, SampledContexts, TopContexts
 from sae_persona.features.files import reading_h5, write_h5
-from sae_persona.features.firings import Firings, Piece, TokenRows
+from sae_persona.features.firings import Firings, TokenRows
+from sae_persona.features.measure import Measurement
 from sae_persona.features.seen import Seen
 from sae_persona.features.stats import N_BINS, LatentStats
-from sae_persona.sae.encoder import Encoder
-from sae_persona.sae.model import SAE
-from sae_persona.types import HookPoint, SparseLatents
+from sae_persona.runs import Run
+from sae_persona.types import SparseLatents
 
 KIND = "scan"
-ROWS = 2**16  # tokens whose latents are added at once
 _NEXT = "scan the corpus again"
 
 
@@ -210,62 +202,12 @@ class Scan:
         return scan
 
 
-@torch.no_grad()
-def scan(
-    lm: LM,
-    hook: HookPoint,
-    sae: SAE,
-    texts: Any,
-    config: ScanConfig | None = None,
-    *,
-    share: Share | None = None,
-    on_rows: Callable[[int], object] | None = None,
-) -> Scan:
-    """Run the language model and the SAE over ``texts`` (whatever ``read_texts`` takes) once.
+def findings(run: Run) -> Scan | Measurement:
+    """What a run knows of its latents: of the corpus that was scanned or, if none was, of the measured dialogues.
 
-    share     of the texts; scans of all shares merge to that of the whole, with the texts numbered as there
-    on_rows   called with a number of tokens, as they have been counted
-
-    Errors as `measure`; DataError for activations that are not finite.
+    RunError if neither is there.
     """
-    config, share = config or ScanConfig(), share or Share()
-    sae.check_width(lm.d_model)
-    texts = read_texts(texts).share(share.rank, share.world)
-    source = from_model(lm, [hook], texts, config.streaming)
-    about = {"model": lm.config_hash, "hook": str(hook), "sae": sae.fingerprint, "config": asdict(config)}
-    found = Scan(sae.n_latents, config, lm.device, {**about, "shares": [str(share)]})
-    limit = None if config.limit_tokens is None else -(-config.limit_tokens // share.world)
-    encode = Encoder(sae)
-    for rows, x in located(source, hook, limit):
-        for part, some in rows.parts(ROWS):
-            found.update(some, encode(x[part]))
-            if on_rows is not None:
-                on_rows(some.n)
-    found.cofiring.settle()
-    return found
-
-
-def located(source: FromModel, hook: HookPoint, limit: int | None = None) -> Iterator[tuple[TokenRows, Tensor]]:
-    """The activations [n, d_in] of each group of texts and where they stand, up to the sequence with the limit."""
-    lm, which, texts = source.lm, source.layout.which, source.texts
-
-    def about(group: Group) -> TokenRows:
-        each = zip(group.places, group.sequences, strict=True)
-        return TokenRows.of(
-            [Piece(texts.number(place.text), one.first, one.ids, kept(lm, one, which)) for place, one in each]
-        )
-
-    left = limit
-    for group, rows, found in source.read(Place(), about):
-        x = found[hook]
-        if left is not None and left <= group.n:
-            n = next(bound for bound in group.bounds if bound >= left)
-            yield _first(rows.to(lm.device), n), x[:n]
-            return
-        yield rows.to(lm.device), x
-        left = None if left is None else left - group.n
-
-
-def _first(rows: TokenRows, n: int) -> TokenRows:
-    """The sequences of the first n rows."""
-    return next(part for _, part in rows.parts(n))
+    if run.scan.is_file():
+        return Scan.load(run.scan)
+    run.stage("measure")
+    return Measurement.load(run)

@@ -10,10 +10,11 @@ from sae_persona.activations.lm import load_lm
 from sae_persona.activations.sequences import Place, kept, placed
 from sae_persona.activations.texts import read_texts
 from sae_persona.errors import ConfigError, DataError, FormatError, ModelError
-from sae_persona.features import scan as module
+from sae_persona.features import corpus
 from sae_persona.features.contexts import WINDOW
+from sae_persona.features.corpus import scan
 from sae_persona.features.firings import POSITION_BITS
-from sae_persona.features.scan import Scan, ScanConfig, Share, scan
+from sae_persona.features.scan import Scan, ScanConfig, Share
 from sae_persona.lab import corpora
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import Threshold, TopK
@@ -130,7 +131,7 @@ def test_shares_merge_to_the_whole(lm, sae, texts, whole, tmp_path):
 
 
 def test_packed_rows_and_small_parts_change_nothing(lm, sae, texts, whole, monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 40)
+    monkeypatch.setattr(corpus, "ROWS", 40)
     seen = []
     packed = scan(lm, HOOK, sae, texts, ScanConfig(**{**vars(SMALL), "pack": True, "lm_batch": 3}), on_rows=seen.append)
     assert sum(seen) == packed.stats.n_tokens == whole.stats.n_tokens and len(seen) > 10
