@@ -231,18 +231,19 @@ class FromModel:
             rows = read_group(lm, self.hooks, group)
             finite = {hook: is_finite(x) for hook, x in rows.items()}
             if not cuda:
-                self._check(group, finite)
+                self.check(group, finite)
             elif waiting is not None:  # a group late, so that the host need not wait for the GPU
-                self._check(*waiting)
+                self.check(*waiting)
             waiting, found = (group, finite), True
             yield group, said, rows
         if cuda and waiting is not None:
-            self._check(*waiting)
+            self.check(*waiting)
         if not found and start == Place(start.round):
             wanted = "a token" if self.layout.which == "all" else "an answer: tokens=answers needs dialogues"
             raise DataError(f"none of the texts has {wanted}. Look at the texts, or at the tokenizer of {lm.name}.")
 
-    def _check(self, group: Group, finite: dict[HookPoint, Tensor]) -> None:
+    def check(self, group: Group, finite: dict[HookPoint, Tensor]) -> None:
+        """DataError, with the sequence's words, if a row of the group is not finite at a hook point: bool [n] each."""
         for hook in sorted(finite, key=lambda hook: hook.layer):  # the first is where it began
             if not finite[hook].all():
                 raise not_finite(self.lm, hook, self._culprit(group, hook, finite[hook]))

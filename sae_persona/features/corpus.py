@@ -5,6 +5,7 @@ texts ─► groups ─► model ─► SAE ─► firings ─► statistics, fi
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_persona.activations.groups import Group
+from sae_persona.activations.harvest import is_finite
 from sae_persona.activations.lm import LM
 from sae_persona.activations.sequences import Place, kept
 from sae_persona.activations.stream import FromModel, from_model
@@ -47,21 +49,27 @@ def scan(
     sae.check_width(lm.d_model)
     texts = read_texts(texts).share(share.rank, share.world)
     source = from_model(lm, [hook], texts, config.streaming)
-    about = {"model": lm.config_hash, "hook": str(hook), "sae": sae.fingerprint, "config": asdict(config)}
-    found = Scan(sae.n_latents, config, lm.device, {**about, "shares": [str(share)]})
+    about = {"model": lm.config_hash, "hook": str(hook), "config": asdict(config), "shares": [str(share)]}
+    found = Scan(sae.n_latents, config, lm.device, about)
     limit = None if config.limit_tokens is None else -(-config.limit_tokens // share.world)
     encode = Encoder(sae)
-    for rows, x in located(source, hook, limit):
-        for part, some in rows.parts(ROWS):
-            found.update(some, encode(x[part]))
-            if on_rows is not None:
-                on_rows(some.n)
+    with ThreadPoolExecutor(1) as beside:  # hashing gigabytes of weights takes seconds, and no GPU
+        fingerprint = beside.submit(lambda: sae.fingerprint)
+        for rows, x in located(source, hook, limit):
+            for part, some in rows.parts(ROWS):
+                found.update(some, encode(x[part]))
+                if on_rows is not None:
+                    on_rows(some.n)
+        found.about["sae"] = fingerprint.result()
     found.cofiring.settle()
     return found
 
 
 def located(source: FromModel, hook: HookPoint, limit: int | None = None) -> Iterator[tuple[TokenRows, Tensor]]:
-    """The activations [n, d_in] of each group of texts and where they stand, up to the sequence with the limit."""
+    """Of each group of texts its activations [n, d_in], on the model's device, and where they stand, on the CPU.
+
+    limit   rows after which it ends, at the end of a sequence
+    """
     lm, which, texts = source.lm, source.layout.which, source.texts
 
     def about(group: Group) -> TokenRows:
@@ -75,12 +83,8 @@ def located(source: FromModel, hook: HookPoint, limit: int | None = None) -> Ite
         x = found[hook]
         if left is not None and left <= group.n:
             n = next(bound for bound in group.bounds if bound >= left)
-            yield _first(rows.to(lm.device), n), x[:n]
+            source.check(group, {hook: is_finite(x)})  # the source does so only as it goes on
+            yield next(part for _, part in rows.parts(n)), x[:n]
             return
-        yield rows.to(lm.device), x
+        yield rows, x
         left = None if left is None else left - group.n
-
-
-def _first(rows: TokenRows, n: int) -> TokenRows:
-    """The sequences of the first n rows."""
-    return next(part for _, part in rows.parts(n))

@@ -134,10 +134,10 @@ class Firings:
         rows = rows.to(latents.acts.device)
         acts, idx = latents.acts.detach().flatten(), latents.idx.flatten()
         fires = (acts > 0).nonzero().flatten()
-        acts, idx, row = acts[fires].float(), idx[fires].long(), latents.token[fires]
+        acts, idx, row = acts[fires].float(), idx[fires].int(), latents.token[fires]
         idx, order = idx.sort(stable=True)  # the rows ascend already
         row = row[order]
-        return cls(rows, n_latents, idx, row, acts[order], rows.place[row])
+        return cls(rows, n_latents, idx.long(), row, acts[order], rows.place[row])
 
 
 def mixed(x: Tensor) -> Tensor:

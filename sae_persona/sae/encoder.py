@@ -21,7 +21,8 @@ PRE_ENTRIES = 2**29  # bf16 pre-activations held at once: 1 GiB
 GATHERED = 2**27  # numbers of gathered rows held at once
 SPARE = 2  # candidates of TopK, as a multiple of k
 SIGMAS = 6  # of the rounding error that a candidate may be below its threshold
-ROUNDING = 2**-9.5  # standard deviation of the relative error of a product of two numbers rounded to bf16, at most
+ROUNDING = 2**-9.25  # standard deviation of the relative error of a product of two numbers rounded to bf16, at most
+KERNEL_CANDIDATES = 256  # a token that the selection's kernel finds at most, with the larger of its chunks
 KERNEL_MULTIPLE = 8  # bf16 columns that are loaded at once
 
 
@@ -62,7 +63,7 @@ class Encoder:
         rule, sae = self.sae.rule, self.sae
         assert isinstance(rule, TopK)
         k = min(rule.k, sae.n_latents)
-        if x.is_cuda and x.shape[1] % KERNEL_MULTIPLE == 0:
+        if x.is_cuda and x.shape[1] % KERNEL_MULTIPLE == 0 and self.m <= KERNEL_CANDIDATES:
             from sae_kernels.rescore import rescore  # here, so that CPU users need no Triton
 
             acts, idx = rescore(self._candidates(x.bfloat16().contiguous()), x.float(), sae.w_enc, sae.b_enc, k)

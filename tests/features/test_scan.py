@@ -218,5 +218,7 @@ def test_activations_that_are_not_finite_are_named(lm, sae):
         table.data[ids[-1]] = torch.nan
         with pytest.raises(DataError, match="not finite in"):
             scan(lm, HOOK, sae, ["a good day .", "food for bees"], SMALL)
+        with pytest.raises(DataError, match="not finite in"):
+            scan(lm, HOOK, sae, ["a good day .", "food for bees"], ScanConfig(**{**vars(SMALL), "limit_tokens": 2}))
     finally:
         table.data[ids[-1]] = before
