@@ -25,6 +25,7 @@ from sae_persona.runs import Run
 from sae_persona.types import SparseLatents
 
 KIND = "scan"
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999)
 _NEXT = "scan the corpus again"
 
 
@@ -176,8 +177,13 @@ class Scan:
         return self.cofiring.neighbours(n, torch.tensor([latent], device=self.cofiring.idx.device))
 
     def save(self, path: Path) -> None:
-        """Write one HDF5 file, whole or not at all."""
+        """Write one HDF5 file, whole or not at all: groups of the names above, and for those who read it without us
+
+        quantiles    [n_latents, LEVELS] fp32   of the non-zero activations; NaN where a latent never fired
+        neighbours   as `Neighbours` says, of every latent
+        """
         table = self.cofiring.neighbours(self.config.neighbours)
+        quantiles = torch.stack([self.stats.quantile(level) for level in LEVELS], dim=1)
 
         def fill(file) -> None:
             file.attrs["about"], file.attrs["config"] = json.dumps(self.about), json.dumps(asdict(self.config))
@@ -185,6 +191,8 @@ class Scan:
                 getattr(self, name).to_h5(file.create_group(name))
             for name, part in vars(table).items():
                 file[f"neighbours/{name}"] = part.cpu().numpy()
+            file["quantiles"] = quantiles.cpu().numpy()
+            file["quantiles"].attrs["levels"] = LEVELS
 
         write_h5(path, KIND, fill)
 

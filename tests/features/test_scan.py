@@ -185,6 +185,8 @@ def test_goes_through_a_file(whole, tmp_path):
     with h5py.File(path) as file:
         near = whole.neighbours(latent, SMALL.neighbours)
         assert file["neighbours/partner"][latent].tolist() == near.partner[0].tolist()
+        half = list(file["quantiles"].attrs["levels"]).index(0.5)
+        assert file["quantiles"][latent, half] == float(whole.stats.quantile(0.5)[latent])
         assert file["seen/first_document"][latent] == int(whole.seen.first[latent]) >> POSITION_BITS
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(FormatError, match="not a whole scan file.*scan the corpus again"):
