@@ -24,7 +24,7 @@ from sae_persona.sae.encoder import Encoder
 from sae_persona.sae.model import SAE
 from sae_persona.types import HookPoint
 
-ROWS = 2**16  # tokens whose latents are added at once
+ROWS = 2**17  # tokens whose latents are added at once
 
 
 @torch.no_grad()

@@ -64,16 +64,23 @@ class Encoder:
         assert isinstance(rule, TopK)
         k = min(rule.k, sae.n_latents)
         if x.is_cuda and x.shape[1] % KERNEL_MULTIPLE == 0 and self.m <= KERNEL_CANDIDATES:
-            from sae_kernels.rescore import rescore  # here, so that CPU users need no Triton
-
-            acts, idx = rescore(self._candidates(x.bfloat16().contiguous()), x.float(), sae.w_enc, sae.b_enc, k)
-            return SparseLatents(acts, idx.long())
+            return SparseLatents(*self._rescored(x, self._candidates(x.bfloat16().contiguous())))
         _, idx = ops.topk(torch.nn.functional.linear(x.bfloat16(), self.w, self.b.bfloat16()), self.m)
         idx = idx.sort(dim=1).values
         token = torch.arange(len(x), device=x.device).repeat_interleave(self.m)
         pre = self._exact(x, token, idx.flatten()).view(idx.shape)
         values, at = pre.sort(dim=1, descending=True, stable=True)  # of equal ones the lowest latent
         return SparseLatents(values[:, :k].relu(), idx.gather(1, at[:, :k]))
+
+    def _rescored(self, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """The k best of some latents [n, m] int32 on x [n, d_in] by the weights in fp32: acts and idx [n, k]."""
+        from sae_kernels.rescore import rescore  # here, so that CPU users need no Triton
+
+        sae = self.sae
+        assert isinstance(sae.rule, TopK)
+        k = min(sae.rule.k, sae.n_latents)
+        acts, idx = rescore(candidates, x.float().contiguous(), sae.w_enc, sae.b_enc, k)
+        return acts, idx.long()
 
     def _candidates(self, x: Tensor) -> Tensor:
         """The m latents of the largest pre-activations of x [n, d_in] bf16: [n, m] int32, ascending."""

@@ -8,6 +8,7 @@ from sae_persona.sae import encoder
 from sae_persona.sae.encoder import Encoder
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
+from sae_persona.types import SparseLatents
 
 N_LATENTS, D_IN = 600, 48
 
@@ -51,3 +52,17 @@ def test_on_a_cpu_it_is_the_saes_own(device):
     assert torch.equal(found.acts, wanted.acts) and torch.equal(found.idx, wanted.idx)
     with pytest.raises(ModelError, match="width 48"):
         Encoder(sae)(x[:, 1:])
+
+
+def test_the_kernels_find_and_rescore_the_same(device):
+    """In fp32, which Triton's interpreter computes right."""
+    sae, x = made(TopK(8), device), tokens(6, device).float()
+    encode = Encoder(sae, reduced=True)
+    encode.w = sae.w_enc.float()
+    candidates = encode._candidates(x)
+    wanted = sae.pre_acts(x).topk(16, dim=1).indices.sort(dim=1).values
+    assert torch.equal(candidates.long(), wanted)
+    acts, idx = encode._rescored(x, candidates)
+    torch.testing.assert_close(
+        SparseLatents(acts, idx).dense(N_LATENTS), sae.encode(x).dense(N_LATENTS), atol=1e-4, rtol=1e-5
+    )
