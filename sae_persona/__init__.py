@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from sae_persona.attribution.rank import rank as rank
     from sae_persona.attribution.ranking import Ranking as Ranking
     from sae_persona.errors import SaePersonaError as SaePersonaError
+    from sae_persona.features.corpus import scan as scan
     from sae_persona.features.measure import MeasureConfig as MeasureConfig
     from sae_persona.features.measure import measure as measure
+    from sae_persona.features.scan import Scan as Scan
+    from sae_persona.features.scan import ScanConfig as ScanConfig
     from sae_persona.features.stats import LatentStats as LatentStats
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
@@ -67,7 +70,9 @@ _HOMES = {
     "attribution.rank": ("RankConfig", "rank"),
     "attribution.ranking": ("Ranking",),
     "errors": ("SaePersonaError",),
+    "features.corpus": ("scan",),
     "features.measure": ("MeasureConfig", "measure"),
+    "features.scan": ("Scan", "ScanConfig"),
     "features.stats": ("LatentStats",),
     "report.page": ("write_report",),
     "runs": ("Run",),

@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import cli_training, pipeline
+from sae_persona import cli_features, cli_training, pipeline
 from sae_persona.activations.lm import checked_device, load_lm
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
 from sae_persona.errors import ConfigError, RunError, SaePersonaError
-from sae_persona.features.measure import MeasureConfig, Measurement
+from sae_persona.features.measure import MeasureConfig
+from sae_persona.features.scan import findings
 from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.report.firing import FiringReport
@@ -39,6 +40,7 @@ app = typer.Typer(
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
 cli_training.add_to(app)
+cli_features.add_to(app)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
@@ -208,8 +210,8 @@ def dead(
     below: Annotated[float, typer.Option(help="Firing rate under which a latent counts as rare.")] = 1e-5,
     as_json: AsJson = False,
 ) -> None:
-    """Which latents of a measured run never fire, and how often the others do, by decade."""
-    found = FiringReport.of_stats(Measurement.load(Run.open(run)).stats)
+    """Which latents of a scanned or measured run never fire, and how often the others do, by decade."""
+    found = FiringReport.of_stats(findings(Run.open(run)).stats)
     rare = sum(decade.n for decade in found.decades if decade.high <= below)
     show_result(f"{found}\n{rare} latents fire on less than {below:g} of the tokens", found.to_json(), as_json)
 

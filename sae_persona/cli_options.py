@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 Texts = "a .txt (a text a line), .jsonl or .parquet file, a folder of such, a data set on disk, or hub:ORG/NAME[:SPLIT]"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -20,3 +21,15 @@ def say(text: str) -> None:
 def show_result(text: object, value: Any, as_json: bool) -> None:
     """Print a result on stdout, for people or as JSON."""
     typer.echo(json.dumps(value, indent=1, allow_nan=False) if as_json else str(text))
+
+
+def with_default(command: str) -> type[TyperGroup]:
+    """A group in which that command is meant where none is named: `cache MODEL TEXTS` beside `cache verify STORE`."""
+
+    class WithDefault(TyperGroup):
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if args and args[0] not in self.commands:
+                args = [command, *args]
+            return super().resolve_command(ctx, args)
+
+    return WithDefault

@@ -3,18 +3,17 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from tqdm import tqdm
-from typer.core import TyperGroup
 
 from sae_persona import training as stages
 from sae_persona.activations.lm import LM, checked_device, load_lm
 from sae_persona.activations.store import DTYPES, Store
 from sae_persona.activations.stream import StreamConfig
-from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result
+from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result, with_default
 from sae_persona.errors import ConfigError
 from sae_persona.flags import counts, with_flags
 from sae_persona.report.pareto import point_of, rows, write_pareto
@@ -188,17 +187,8 @@ def grid(
     show_result("\n".join([*lines, str(page)]), rows(found), as_json)
 
 
-class _MakesByDefault(TyperGroup):
-    """`cache MODEL TEXTS` makes a store; `cache verify STORE` is the other command."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            args = ["make", *args]
-        return super().resolve_command(ctx, args)
-
-
 cache_app = typer.Typer(
-    cls=_MakesByDefault,
+    cls=with_default("make"),
     no_args_is_help=True,
     help="Keep activations on disk, for many trainings: `cache MODEL TEXTS --out STORE`, `cache verify STORE`.",
 )

@@ -19,10 +19,13 @@ from sae_persona.attribution.labels import select
 from sae_persona.attribution.partial import Covariates
 from sae_persona.attribution.rank import RankConfig, rank_all
 from sae_persona.attribution.ranking import Ranking
-from sae_persona.errors import DataError, RunError
+from sae_persona.errors import ConfigError, DataError, ModelError, RunError
+from sae_persona.features.corpus import scan
 from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.features.pooled import Pooled
+from sae_persona.features.scan import Scan, ScanConfig, Share
 from sae_persona.runs import Run
+from sae_persona.sae.formats import load_sae
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
@@ -45,6 +48,55 @@ def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig)
         for folder in ("rankings", "sweeps"):  # they speak of what was measured before
             shutil.rmtree(run.path / folder, ignore_errors=True)
         facts |= {"examples": len(found.pooled.ids), "dropped": found.dropped, "tokens": found.stats.n_tokens}
+    return found
+
+
+def scan_stage(
+    run: Run,
+    lm: LM,
+    texts: Source,
+    *,
+    config: ScanConfig,
+    share: Share | None = None,
+    out: Path | None = None,
+    on_rows: Callable[[int], object] | None = None,
+) -> Scan:
+    """Scan a corpus into the run's ``scan.h5``, or a share of it into a file ``out``, for `merge_stage`."""
+    if (share is not None and share.world > 1) != (out is not None):
+        raise ConfigError("a share of the texts goes into a file of its own: give --share and --out together")
+    if out is not None and out.is_dir():
+        raise RunError(f"{out} is a folder: --out names a file")
+
+    def scanned() -> Scan:
+        sae = open_sae(run, lm)
+        found = scan(lm, sae.hook, sae, texts, config, share=share, on_rows=on_rows)
+        found.about["texts"] = input_facts(texts)
+        found.save(out or run.scan)
+        return found
+
+    if out is not None:  # several processes do this at once, and the manifest is for one
+        return scanned()
+    with run.recording("scan", config=asdict(config), texts=input_facts(texts)) as facts:
+        found = scanned()
+        facts["tokens"] = found.stats.n_tokens
+    return found
+
+
+def merge_stage(run: Run, parts: Sequence[Path]) -> Scan:
+    """Merge scans of all shares of a corpus into the run's ``scan.h5``.
+
+    DataError if they are not parts of one, or one is missing; ModelError if they are of another SAE than the run's.
+    """
+    with run.recording("scan", parts=[str(path) for path in parts]) as facts:
+        found = Scan.load(parts[0])
+        for path in parts[1:]:
+            found.merge(Scan.load(path))
+        if found.missing:
+            raise DataError(f"share {found.missing[0]} of the corpus is missing: scan it and give it, too")
+        if found.about.get("sae") != load_sae(run.sae).fingerprint:
+            raise ModelError(f"{parts[0]} is a scan of another SAE than that of {run.path}: scan with this run")
+        found.save(run.scan)
+        facts |= {"config": asdict(found.config), "texts": found.about["texts"], "tokens": found.stats.n_tokens}
     return found
 
 

@@ -5,7 +5,8 @@
     RUN/metrics.jsonl              one line a logged training step
     RUN/checkpoints/               while training: what it goes on from
     RUN/quality.json               FVU, L0, dead share, CE and KL on held-out texts
-    RUN/latents.h5                 LatentStats and top contexts
+    RUN/latents.h5                 LatentStats and top contexts of the measured dialogues
+    RUN/scan.h5                    the same of a corpus, with sampled contexts and co-firing: a Scan
     RUN/examples.h5                pooled latents and activations of each labelled example
     RUN/rankings/PERSONA.json      a Ranking
     RUN/sweeps/NAME.json           a Sweep
@@ -245,6 +246,10 @@ class Run:
     @property
     def latents(self) -> Path:
         return self.path / "latents.h5"
+
+    @property
+    def scan(self) -> Path:
+        return self.path / "scan.h5"
 
     @property
     def examples(self) -> Path:

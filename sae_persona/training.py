@@ -54,10 +54,10 @@ class PlaceConfig:
 DEFAULT_PLACE = PlaceConfig()
 
 
-def open_model(run: Run, *, device: str = "cpu") -> LM:
+def open_model(run: Run, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LM:
     """The language model that the run was trained on. ModelError if what is there now has another config."""
     made = run.stage("train")["model"]
-    lm = load_lm(made["name"], device=device, blocks=made["blocks"])
+    lm = load_lm(made["name"], device=device, dtype=dtype, blocks=made["blocks"])
     if lm.config_hash != made["config_hash"]:
         raise ModelError(f"{made['name']} is not the model that {run.path} was made with: its config is another one")
     return lm

@@ -69,6 +69,8 @@ class Tokens:
 
     ids: list[int]
     answers: tuple[AnswerSpan, ...] = ()
+    first: int = 0
+    """Of a piece of a longer text: how far the text's tokens are ahead of these."""
 
 
 def tokenize(lm: LM, text: str | Dialogue, *, context_size: int | None = None) -> Tokens:

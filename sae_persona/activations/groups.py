@@ -51,11 +51,13 @@ class Group:
     """Sequences in the order of the texts; their kept tokens are rows 0 to n.
 
     start, end   places of the first sequence, and after the last
+    places       of each sequence
     bounds       first row of each sequence, and n
     """
 
     start: Place
     end: Place
+    places: list[Place]
     sequences: list[Tokens]
     bounds: list[int]
     forwards: list[Forward]
@@ -108,7 +110,8 @@ def _group(lm: LM, found: Sequence[tuple[Place, Tokens]], layout: Layout) -> Gro
         for at in range(0, len(rows), layout.lm_batch)
     ]
     last = found[-1][0]
-    return Group(found[0][0], last._replace(piece=last.piece + 1), sequences, bounds, forwards)
+    places = [place for place, _ in found]
+    return Group(places[0], last._replace(piece=last.piece + 1), places, sequences, bounds, forwards)
 
 
 def packed_rows(lengths: Sequence[int], size: int) -> list[list[int]]:

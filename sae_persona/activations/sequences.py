@@ -82,4 +82,4 @@ def _cut(
 def _pieces(lm: LM, ids: list[int], size: int) -> list[Tokens]:
     bos = [i for i in ids[:1] if i == lm.bos_id]
     room = size - len(bos)
-    return [Tokens(bos + ids[at : at + room]) for at in range(len(bos), len(ids), room)]
+    return [Tokens(bos + ids[at : at + room], first=at - len(bos)) for at in range(len(bos), len(ids), room)]

@@ -5,10 +5,10 @@ texts ─► sequences ─► groups ─► rows of activations ─► shuffle �
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from sae_persona.activations.shuffle import Chunk, Shuffle, Sizes
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.types import HookPoint, State
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,26 +214,36 @@ class FromModel:
         return sum(int(kept(lm, tokens, layout.which).sum()) for tokens in cut)
 
     def chunks(self, start: Place) -> Iterator[Chunk]:
+        for group, _, rows in self.read(start, _nothing):
+            yield Chunk(group.start, group.end, {str(hook): x for hook, x in rows.items()})
+
+    def read(self, start: Place, about: Callable[[Group], T]) -> Iterator[tuple[Group, T, dict[HookPoint, Tensor]]]:
+        """Each group of one round from a place on, what ``about`` says of it, and its rows at each hook point.
+
+        about   called in the thread that is ahead of the model
+        """
         lm, cuda = self.lm, self.lm.device.type == "cuda"
-        source = ahead(groups(lm, self.texts, self.layout, start), self.n_ahead, _pinned if cuda else None)
+        made = groups(lm, self.texts, self.layout, start)
+        source = ahead(((_pinned(group) if cuda else group, about(group)) for group in made), self.n_ahead)
         waiting: tuple[Group, dict[HookPoint, Tensor]] | None = None
         found = False
-        for group in source:
+        for group, said in source:
             rows = read_group(lm, self.hooks, group)
             finite = {hook: is_finite(x) for hook, x in rows.items()}
             if not cuda:
-                self._check(group, finite)
+                self.check(group, finite)
             elif waiting is not None:  # a group late, so that the host need not wait for the GPU
-                self._check(*waiting)
+                self.check(*waiting)
             waiting, found = (group, finite), True
-            yield Chunk(group.start, group.end, {str(hook): x for hook, x in rows.items()})
+            yield group, said, rows
         if cuda and waiting is not None:
-            self._check(*waiting)
+            self.check(*waiting)
         if not found and start == Place(start.round):
             wanted = "a token" if self.layout.which == "all" else "an answer: tokens=answers needs dialogues"
             raise DataError(f"none of the texts has {wanted}. Look at the texts, or at the tokenizer of {lm.name}.")
 
-    def _check(self, group: Group, finite: dict[HookPoint, Tensor]) -> None:
+    def check(self, group: Group, finite: dict[HookPoint, Tensor]) -> None:
+        """DataError, with the sequence's words, if a row of the group is not finite at a hook point: bool [n] each."""
         for hook in sorted(finite, key=lambda hook: hook.layer):  # the first is where it began
             if not finite[hook].all():
                 raise not_finite(self.lm, hook, self._culprit(group, hook, finite[hook]))
@@ -250,7 +262,11 @@ class FromModel:
 
 def _pinned(group: Group) -> Group:
     forwards: list[Forward] = [forward.pinned() for forward in group.forwards]
-    return Group(group.start, group.end, group.sequences, group.bounds, forwards)
+    return replace(group, forwards=forwards)
+
+
+def _nothing(group: Group) -> None:
+    """All that a plain stream wants to know of a group."""
 
 
 def streams(
@@ -265,6 +281,13 @@ def streams(
     finite and for texts without a single token.
     """
     config = config or StreamConfig()
+    return Stream(from_model(lm, hooks, texts, config), config)
+
+
+def from_model(
+    lm: LM, hooks: Sequence[HookPoint], texts: str | Path | Iterable[Any] | Texts, config: StreamConfig
+) -> FromModel:
+    """The rows of a stream before they are shuffled. Errors as `streams`."""
     for hook in hooks:
         lm.check(hook)
     if lm.n_positions is not None and config.context_size > lm.n_positions:
@@ -272,7 +295,7 @@ def streams(
     source = FromModel(lm, hooks, read_texts(texts), layout_for(lm, config), config.ahead)
     if source.layout.pack:
         check_packing(lm, max(hooks, key=lambda hook: hook.layer), config.context_size)
-    return Stream(source, config)
+    return source
 
 
 def stream(

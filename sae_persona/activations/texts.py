@@ -30,6 +30,10 @@ class Texts:
         """Every ``world``-th text, from the ``rank``-th on: what one of several processes reads."""
         return replace(self, first=self.first + rank * self.every, every=self.every * world)
 
+    def number(self, i: int) -> int:
+        """Which of all the source's texts the i-th of this share is."""
+        return self.first + i * self.every
+
 
 def read_texts(source: str | Path | Iterable[Any] | Texts, *, field: str = "text") -> Texts:
     """Texts of ``source``, read as they are asked for; the first one is read now.

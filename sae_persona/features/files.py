@@ -25,8 +25,10 @@ def write_h5(path: Path, kind: str, fill: Callable[[h5py.File], None]) -> None:
 
 
 @contextmanager
-def reading_h5(path: Path, kind: str) -> Iterator[Any]:
+def reading_h5(path: Path, kind: str, remedy: str = "measure the run again") -> Iterator[Any]:
     """Open such a file: an h5py.File, whose stubs do not know what is in it.
+
+    remedy   what makes such a file
 
     FormatError if it is missing, cut short, of another kind or of another format.
     """
@@ -35,8 +37,8 @@ def reading_h5(path: Path, kind: str) -> Iterator[Any]:
             found = (file.attrs.get("kind"), file.attrs.get("format"))
             if found != (kind, FORMAT):
                 wanted = f"{kind} format {FORMAT}"
-                raise FormatError(f"{path} holds {found[0]} format {found[1]}, wanted {wanted}: measure the run again")
+                raise FormatError(f"{path} holds {found[0]} format {found[1]}, wanted {wanted}: {remedy}")
             yield file
     except (OSError, KeyError) as error:
         reason = str(error).splitlines()[0].strip("'\"")
-        raise FormatError(f"{path} is not a whole {kind} file ({reason}): measure the run again") from error
+        raise FormatError(f"{path} is not a whole {kind} file ({reason}): {remedy}") from error

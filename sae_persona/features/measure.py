@@ -21,6 +21,7 @@ from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.contexts import TopContexts
 from sae_persona.features.files import reading_h5, write_h5
+from sae_persona.features.firings import Firings, Piece, TokenRows
 from sae_persona.features.pooled import POOLS, Pool, Pooled, pool, to_csr
 from sae_persona.features.stats import LatentStats
 from sae_persona.runs import Run
@@ -170,11 +171,12 @@ def measure(lm: LM, hook: HookPoint, sae: SAE, texts: Source, config: MeasureCon
         latents = to_csr(sae.encode(x), sae.n_latents)
         examples.add(batch, x, latents)
         dropped += sum(text.n_dropped for text in batch)
-        counted = torch.cat([kept(lm, text.tokens, config.tokens) for text in batch]).numpy()
-        stats.update(_from_csr(latents[counted]))
-        shown = sparse.csr_matrix(sparse.diags(counted.astype(np.float32)) @ latents)
-        shown.eliminate_zeros()
-        contexts.update([(text.number, text.tokens.ids) for text in batch], shown)
+        counted = TokenRows.of(
+            [Piece(text.number, 0, text.tokens.ids, kept(lm, text.tokens, config.tokens)) for text in batch]
+        )
+        firings = Firings.of(counted, _from_csr(latents[counted.at.numpy()]), sae.n_latents)
+        stats.add(firings.acts, firings.latent, counted.n)
+        contexts.update(firings)
     if not stats.n_tokens:
         raise DataError(
             f"no {'answer' if config.tokens == 'answers' else 'text'} with a token in it: nothing to measure"

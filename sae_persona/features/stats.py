@@ -45,14 +45,17 @@ class LatentStats:
     def update(self, latents: SparseLatents) -> None:
         """Add the latents of n more tokens. Entries of zero do not count as firing."""
         acts, idx = latents.acts.detach().flatten().to(self.total.device), latents.idx.flatten().to(self.total.device)
-        acts, idx = acts[acts > 0].float(), idx[acts > 0].long()
-        self.n_tokens += latents.n
+        fires = (acts > 0).nonzero().flatten()
+        self.add(acts[fires].float(), idx[fires].long(), latents.n)
+
+    def add(self, acts: Tensor, idx: Tensor, n: int) -> None:
+        """Add n more tokens by what fires on them: acts [m] fp32 > 0, idx [m] int64."""
+        self.n_tokens += n
         self.fired.index_add_(0, idx, torch.ones_like(idx))
         self.total.index_add_(0, idx, acts.double())
         self.squares.index_add_(0, idx, acts.double().square())
         self.maximum.scatter_reduce_(0, idx, acts, "amax")
-        bins = ((acts.view(torch.int32) >> _DROPPED_BITS) - _FIRST).clamp(0, N_BINS - 1)
-        self.histogram.view(-1).index_add_(0, idx * N_BINS + bins, torch.ones_like(idx))
+        self.histogram.view(-1).index_add_(0, idx * N_BINS + _bins(acts), torch.ones_like(idx))
 
     def merge(self, other: "LatentStats") -> None:
         """Add the tokens that another process has seen: counts exactly, sums in fp64."""
@@ -99,6 +102,16 @@ class LatentStats:
         low, high = edges[where.squeeze(1)], edges[where.squeeze(1) + 1]
         return torch.minimum(low + share.float() * (high - low), self.maximum).where(self.fired > 0, torch.nan)
 
+    def share_below(self, latent: Tensor, acts: Tensor) -> Tensor:
+        """The quantile of activations [m] > 0 among all those of their latents [m]: fp64, from 0 to 1.
+
+        The share that is smaller, counting half of those in the same bin.
+        """
+        histogram = self.histogram[latent]
+        bin = _bins(acts.float().to(self.total.device))[:, None]
+        upto, held = histogram.cumsum(1).gather(1, bin), histogram.gather(1, bin)
+        return ((upto - held / 2).squeeze(1) / self.fired[latent].clamp(min=1)).double()
+
     @property
     def p999(self) -> Tensor:
         """99.9th percentile of the non-zero activations, the unit of strength that outlives an outlier: [n_latents]."""
@@ -118,3 +131,8 @@ class LatentStats:
         for name in _SUMS:
             setattr(stats, name, torch.from_numpy(group[name][:]))
         return stats
+
+
+def _bins(acts: Tensor) -> Tensor:
+    """The bin of each activation [m] fp32: int64."""
+    return ((acts.contiguous().view(torch.int32) >> _DROPPED_BITS) - _FIRST).clamp(0, N_BINS - 1).long()

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from sae_persona.errors import FormatError
 from sae_persona.features.contexts import TopContexts
 from sae_persona.features.files import reading_h5
+from sae_persona.features.scan import KIND
 from sae_persona.features.stats import LatentStats
 from sae_persona.report import charts, curves, numbers, verdict
 from sae_persona.report.firing import FiringReport, firing_chart
@@ -85,13 +86,14 @@ def _latest(run: Run, stage: str) -> dict[str, Any] | None:
 
 def _personas(run: Run) -> list[PersonaView]:
     """The personas, with the contexts of their latents where the run has them."""
-    if not run.latents.is_file():
+    path, kind = (run.scan, KIND) if run.scan.is_file() else (run.latents, "latents")
+    if not path.is_file():
         return gather(run, None, None)
     if not any((run.path / folder).is_dir() for folder in ("rankings", "sweeps")):
         return []
     from sae_persona.training import open_model  # here: the page is imported without what reads a model
 
-    with reading_h5(run.latents, "latents") as file:
+    with reading_h5(path, kind) as file:
         contexts = TopContexts.from_h5(file["contexts"])
     return gather(run, contexts, open_model(run).tokenizer)
 

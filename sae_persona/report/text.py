@@ -7,7 +7,8 @@ from typing import Any
 from sae_persona.activations.lm import LM
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError
-from sae_persona.features.measure import Measurement
+from sae_persona.features.contexts import Context
+from sae_persona.features.scan import Scan, findings
 from sae_persona.runs import Run, read_json
 from sae_persona.sae.formats import sae_facts
 from sae_persona.steering.arms import Sweep
@@ -52,12 +53,13 @@ def describe_sae(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[str, Any]]:
-    """Statistics and strongest contexts of one latent, as text and as JSON values.
+    """Statistics and contexts of one latent, as text and as JSON values: of the corpus that was scanned, else of the
+    measured dialogues.
 
-    In the text, the token on which the latent fires strongest stands in brackets.
+    In the text, the token that a context is about stands in brackets: of the strongest, where the latent peaks.
     DataError if the run has no such latent.
     """
-    found = Measurement.load(run)
+    found = findings(run)
     stats = found.stats
     if not 0 <= latent < stats.n_latents:
         raise DataError(f"latent {latent} does not exist: {run.path} has latents 0 to {stats.n_latents - 1}")
@@ -73,13 +75,40 @@ def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[
     ]
     contexts = found.contexts.of(latent)[:top]
     facts["contexts"] = [asdict(context) for context in contexts]
-    for context in contexts:
-        shown = lm.tokenizer.convert_ids_to_tokens(context.tokens)
-        acts = context.acts
-        peak = acts.index(max(acts))
-        shown[peak] = f"[{shown[peak]}]"
-        lines.append(f"{max(acts):8.3g}  {' '.join(shown)}")
+    lines += [f"{context.strength:8.3g}  {_marked(lm, context)}" for context in contexts]
+    if isinstance(found, Scan):
+        more, text = _scanned(found, lm, latent, top)
+        facts |= more
+        lines += text
     return "\n".join(lines), facts
+
+
+def _marked(lm: LM, context: Context) -> str:
+    """Its tokens, with the one that it is about in brackets."""
+    shown = lm.tokenizer.convert_ids_to_tokens(context.tokens)
+    at = context.acts.index(max(context.acts)) if context.at is None else context.at
+    shown[at] = f"[{shown[at]}]"
+    return " ".join(shown)
+
+
+def _scanned(found: Scan, lm: LM, latent: int, top: int) -> tuple[dict[str, Any], list[str]]:
+    """What only a scan knows of a latent: JSON values, and lines."""
+    sampled, near, seen = found.sampled_contexts(latent, top), found.neighbours(latent, top), found.seen.of(latent)
+    rows = zip(*(part[0].tolist() for part in vars(near).values()), strict=True)
+    partners = [dict(zip(vars(near), row, strict=True)) for row in rows if row[0] >= 0]
+    fires = int(found.cofiring.fires()[latent])
+    facts = {
+        "sampled": [asdict(context) for context in sampled],
+        "first": None if seen is None else seen[0],
+        "last": None if seen is None else seen[1],
+        "cofiring": {"tokens": found.cofiring.n, "fires": fires, "neighbours": partners},
+    }
+    lines = ["a sample of its firings, with their quantiles:"] if sampled else []
+    lines += [f"{c.strength:8.3g}  {100 * (c.quantile or 0):3.0f}%  {_marked(lm, c)}" for c in sampled]
+    if partners:
+        lines.append(f"fires together with (of {fires} firings among {found.cofiring.n} sampled tokens):")
+    lines += [f"{p['both']:8}  latent {p['partner']}, Jaccard {p['jaccard']:.3f}, PMI {p['pmi']:.2f}" for p in partners]
+    return facts, lines
 
 
 def _number(value: Any) -> float | None:

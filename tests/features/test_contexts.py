@@ -1,91 +1,109 @@
-"""TopContexts: against a loop over every latent and document."""
+"""Top and sampled contexts: against a loop over every firing."""
 
 import h5py
 import numpy as np
 import pytest
-from scipy import sparse
+import torch
 
 from sae_persona.errors import DataError
-from sae_persona.features.contexts import WINDOW, TopContexts
+from sae_persona.features.contexts import WINDOW, SampledContexts, TopContexts
+from sae_persona.features.firings import POSITION_BITS, chance
 
 N_LATENTS, KEPT = 6, 3
+KINDS = [TopContexts, SampledContexts]
 
 
-def corpus(seed: int, n: int = 20, first: int = 0) -> tuple[list[tuple[int, list[int]]], sparse.csr_matrix]:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(1, 40, n)
-    documents = [(first + i, generator.integers(0, 99, length).tolist()) for i, length in enumerate(lengths)]
-    acts = generator.integers(0, 6, (lengths.sum(), N_LATENTS)) * (generator.random((lengths.sum(), N_LATENTS)) < 0.1)
-    acts[:, 0] = 0
-    return documents, sparse.csr_matrix(acts.astype(np.float32))
-
-
-def kept(*corpora) -> TopContexts:
-    contexts = TopContexts(N_LATENTS, KEPT)
-    for documents, acts in corpora:
-        contexts.update(documents, acts)
+def kept(kind, *corpora):
+    contexts = kind(N_LATENTS, KEPT)
+    for corpus in corpora:
+        contexts.update(corpus.firings)
     return contexts
 
 
-def same(a: TopContexts, b: TopContexts) -> bool:
-    return all(np.array_equal(vars(a)[name], vars(b)[name]) for name in vars(a))
+def same(a, b) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.PARTS)
 
 
-def test_keeps_the_strongest_token_of_the_strongest_documents():
-    documents, acts = corpus(0)
-    contexts, dense, starts = kept((documents, acts)), acts.toarray(), np.cumsum([0, *(len(i) for _, i in documents)])
+def strongest(entries):
+    """The first of the corpus of the strongest of each document, strongest first."""
+    best = {}
+    for entry in sorted(entries, key=lambda e: (-e[3], e[1:3])):
+        best.setdefault(entry[1], entry)
+    return list(best.values())
+
+
+def drawn(entries):
+    def number(entry):
+        return int(chance(torch.tensor([entry[1] << POSITION_BITS | entry[2]]), entry[0])[0])
+
+    return sorted(entries, key=number)
+
+
+@pytest.mark.parametrize(("kind", "ordered"), [(TopContexts, strongest), (SampledContexts, drawn)])
+def test_keeps_the_first_in_order_with_what_is_around_them(make_corpus, kind, ordered):
+    corpus = make_corpus(0)
+    contexts, entries = kept(kind, corpus), list(corpus.entries())
+    acts = {(id(piece), latent, at): act for latent, _, _, act, piece, at in entries}
     for latent in range(N_LATENTS):
-        peaks = []
-        for number, ids in documents:
-            column = dense[starts[number] : starts[number] + len(ids), latent]
-            if column.max() > 0:
-                peaks.append((-column.max(), number, int(column.argmax()), ids, column))
-        wanted = sorted(peaks, key=lambda peak: peak[:2])[:KEPT]
+        wanted = ordered([entry for entry in entries if entry[0] == latent])[:KEPT]
         found = contexts.of(latent)
-        assert [(-c.strength, c.document, c.position) for c in found] == [peak[:3] for peak in wanted]
-        for context, (_, _, at, ids, column) in zip(found, wanted, strict=True):
-            window = slice(max(at - WINDOW, 0), at + WINDOW + 1)
-            assert context.tokens == ids[window]
-            assert context.acts == column[window].tolist()
+        assert len(found) == len(wanted)
+        for context, (_, document, position, act, piece, at) in zip(found, wanted, strict=True):
+            assert (context.document, context.position, context.strength) == (document, position, act)
+            window = range(max(at - WINDOW, 0), min(at + WINDOW + 1, len(piece.ids)))
+            assert context.tokens == [piece.ids[i] for i in window]
+            assert context.acts == [acts.get((id(piece), latent, i), 0.0) for i in window]
+            assert context.at is not None and window[context.at] == at
 
 
-def test_merging_in_any_order_is_one_pass():
-    first, second = corpus(1), corpus(2, first=20)
-    whole, one, other = kept(first, second), kept(first), kept(second)
-    one.merge(other)
-    assert same(one, whole)
-    other.merge(kept(first))
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_in_any_order_are_one_pass(make_corpus, kind):
+    corpus = make_corpus(1, n=40)
+    whole = kept(kind, corpus)
+    assert same(kept(kind, corpus.part(11), corpus.part(0, 11)), whole)
+    assert same(kept(kind, *(corpus.part(i, i + 1) for i in range(len(corpus.pieces)))), whole)
+    # every other piece, so that texts in two pieces are in both halves
+    one, other = kept(kind, corpus.part(0, every=2)), kept(kind, corpus.part(1, every=2))
+    both = kept(kind, corpus.part(0, every=2))
+    both.merge(other)
+    assert same(both, whole)
+    other.merge(one)
     assert same(other, whole)
-    assert same(kept(second, first), whole)
 
 
-def test_a_document_counts_once_even_if_it_comes_in_pieces():
-    (documents, acts), (others, other_acts) = corpus(3), corpus(7)
-    contexts = kept((documents, acts), (others, other_acts))  # the same numbers, other tokens
-    for latent in range(N_LATENTS):
-        found = contexts.of(latent)
-        assert len({context.document for context in found}) == len(found)
-    strongest = np.maximum(acts.max(0).toarray(), other_acts.max(0).toarray())[0]
-    assert [max((c.strength for c in contexts.of(i)), default=0) for i in range(N_LATENTS)] == strongest.tolist()
+def test_the_sample_is_uniform_over_firings():
+    """Of 4000 latents that fire on 50 tokens each, every token is kept about as often."""
+    n_latents, n = 4000, 50
+    latents = torch.arange(n_latents).repeat_interleave(n)
+    contexts = SampledContexts(n_latents, 5)
+    place = torch.arange(n).repeat(n_latents) << POSITION_BITS
+    first = contexts._first(latents, place, torch.ones(len(place)))
+    counts = torch.bincount(place[first] >> POSITION_BITS, minlength=n).double()
+    expected = n_latents * 5 / n
+    assert len(first) == n_latents * 5
+    assert float(((counts - expected) ** 2 / expected).sum()) < 90  # chi squared of 49 degrees: 1 in 3000
 
 
-def test_documents_on_which_nothing_fires_leave_no_context():
-    documents, acts = corpus(6)
-    assert same(kept((documents, acts * 0), ([], acts[:0])), TopContexts(N_LATENTS, KEPT))
-    assert kept((documents, acts)).of(0) == []
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_fires_nothing_is_kept(make_corpus, kind):
+    corpus = make_corpus(6)
+    silent = type(corpus)(corpus.pieces, corpus.dense * 0)
+    assert same(kept(kind, silent), kind(N_LATENTS, KEPT))
+    assert kept(kind, corpus).of(0) == []
 
 
-def test_goes_through_a_file(tmp_path):
-    contexts = kept(corpus(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_goes_through_a_file(make_corpus, tmp_path, kind):
+    contexts = kept(kind, make_corpus(4))
     with h5py.File(tmp_path / "c.h5", "w") as file:
         contexts.to_h5(file.create_group("contexts"))
     with h5py.File(tmp_path / "c.h5") as file:
-        assert same(TopContexts.from_h5(file["contexts"]), contexts)
+        assert same(kind.from_h5(file["contexts"]), contexts)
+        assert file["contexts/position"].dtype == np.int32 and file["contexts/document"].dtype == np.int64
 
 
-def test_refuses_activations_of_other_texts():
-    documents, acts = corpus(5)
-    with pytest.raises(DataError, match="need acts of that shape"):
-        kept((documents[1:], acts))
+def test_refuses_other_latents(make_corpus):
+    with pytest.raises(DataError, match="4 latents take no firings of 6"):
+        TopContexts(4, 2).update(make_corpus(5).firings)
     with pytest.raises(DataError, match="cannot be merged"):
         TopContexts(4, 2).merge(TopContexts(4, 3))

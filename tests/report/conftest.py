@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-from scipy import sparse
+import torch
 
 from sae_persona.activations.lm import LM, load_lm
 from sae_persona.attribution.association import Interval
@@ -13,9 +12,11 @@ from sae_persona.attribution.baselines import DenseBaseline, RandomLatents
 from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.features.contexts import TopContexts
 from sae_persona.features.files import write_h5
+from sae_persona.features.firings import Firings, Piece, TokenRows
 from sae_persona.features.stats import LatentStats
 from sae_persona.runs import Run, write_json, write_text
 from sae_persona.steering.arms import Arm, Sweep
+from sae_persona.types import SparseLatents
 
 PERSONA = "pirate & <i>co"
 ATTACK = "<script>alert('arr')</script>"
@@ -110,10 +111,11 @@ def full(trained, lm, ranking, make_sweep) -> Run:
     names = ("fvu", "l0", "dead", "ce", "ce_spliced", "ce_zero", "ce_mean", "kl_spliced", "kl_zero", "kl_mean")
     write_json(trained.quality, {"n_tokens": 800, "ce_recovered": None, **dict.fromkeys(names, 0.25)})
     ids = lm.tokenizer("i need a good food for bees .")["input_ids"]
-    acts = np.zeros((len(ids), N_LATENTS), np.float32)
-    acts[3:5, CHOSEN] = 2.5, 0.5
+    rows = TokenRows.of([Piece(0, 0, ids, torch.ones(len(ids), dtype=torch.bool))])
+    ends = torch.arange(-3, len(ids) - 2).clamp(0, 2)  # tokens 3 and 4 have an entry each
+    latents = SparseLatents(torch.tensor([2.5, 0.5]), torch.tensor([CHOSEN, CHOSEN]), ends)
     contexts = TopContexts(N_LATENTS)
-    contexts.update([(0, ids)], sparse.csr_matrix(acts))
+    contexts.update(Firings.of(rows, latents, N_LATENTS))
     stats = LatentStats(N_LATENTS)
     stats.n_tokens, stats.fired[0] = 1000, 20
 
