@@ -18,6 +18,7 @@ from sae_persona.attribution.causal import ScreenConfig, screen
 from sae_persona.attribution.contrasts import read_contrasts
 from sae_persona.attribution.rank import RankConfig, rank
 from sae_persona.attribution.screens import Screen
+from sae_persona.attribution.tables import to_json
 from sae_persona.demo import DemoConfig
 from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.lab import corpora
@@ -73,7 +74,9 @@ def main(out: Path) -> None:
             ranking = rank(measured.pooled, measured.stats, persona, RankConfig(pool=pool))
             found = screen(lm, sae, ranking, pairs, ScreenConfig(positions=positions))
             print(ranking.table(TOP), found, "", sep="\n\n", flush=True)
-            results.append({"summary": summary(found), "ranking": ranking.to_json(), "screen": found.to_json()})
+            results.append(
+                {"summary": to_json(summary(found)), "ranking": ranking.to_json(), "screen": found.to_json()}
+            )
     write_json(out / "results.json", results)
 
 

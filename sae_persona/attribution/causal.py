@@ -25,6 +25,8 @@ from sae_persona.sae.model import SAE
 from sae_persona.types import HookPoint
 
 _NAN = float("nan")
+MIN_QUESTIONS = 5
+"""Fewest different questions that a bootstrap over questions says anything of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +72,17 @@ class ScreenConfig:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """What was run: the candidates first, then the controls."""
+    """What was run: each latent's column, and which are candidates and which controls."""
 
     config: ScreenConfig
     train: Estimates
     again: Estimates
     effects: Effects
     latents: list[int]
-    n_candidates: int
-    questions: np.ndarray
-    """[n_pairs] int, the question of each held-out pair."""
+    candidates: list[int]
+    controls: list[int]
+    questions: list[str]
+    """Of each held-out pair."""
 
 
 def screen(
@@ -96,7 +99,8 @@ def screen(
     """Screen the best latents of a ranking for an effect on contrast pairs.
 
     Candidates and controls are chosen, and effects estimated, on the train pairs; effects are measured on the held-out
-    pairs. Intervals are over questions, by the percentile bootstrap, because pairs of one question are not independent.
+    pairs. Intervals are over questions, by the percentile bootstrap, because pairs of one question are not independent;
+    of fewer than MIN_QUESTIONS they are over pairs, and say nothing about other questions.
 
     hook           by default the hook point that the SAE was trained at
     units          [n_latents] each latent's 99.9th percentile (LatentStats.p999); needed where strength is not 0
@@ -115,21 +119,23 @@ def screen(
     positions: Positions = config.positions or ("pre" if ranking.config["pool"] == "pre" else "answer")
     parts = split_pairs(pairs)
     train, held_out = (sides_of(lm, part, positions) for part in parts)
-    targets = None if units is None or not config.strength else (config.strength * units.double()).nan_to_num()
+    targets = None if units is None or not config.strength else (config.strength * units.double().cpu()).nan_to_num()
     settings: dict[str, Any] = {"metric": config.metric, "batch": config.lm_batch}
     attributing = {"targets": targets, "integration": config.integration, **settings}
     estimates = attribute(lm, sae, hook, train, **attributing)
     candidates = _candidates(ranking, estimates, config)
-    controls = _controls(ranking, estimates, candidates, config.controls)
-    latents = [*candidates, *controls]
+    size = estimates.size if targets is None else targets * sae.w_dec.norm(dim=1).double().cpu()
+    controls = _controls(ranking, estimates.rate, size, candidates, config.controls)
+    latents = list(dict.fromkeys([*candidates, *controls]))
     measured = _Measured(
         config=config,
         train=estimates,
         again=attribute(lm, sae, hook, held_out, **attributing),
         effects=_effects(lm, sae, hook, held_out, latents, targets, settings),
         latents=latents,
-        n_candidates=len(candidates),
-        questions=np.unique([pair.question for pair in parts[1]], return_inverse=True)[1].ravel(),
+        candidates=candidates,
+        controls=controls,
+        questions=[pair.question for pair in parts[1]],
     )
     return _screen(ranking, measured, positions, len(parts[0]), output_scores or {})
 
@@ -174,16 +180,16 @@ def _candidates(ranking: Ranking, estimates: Estimates, config: ScreenConfig) ->
     return [*ranked, *more[: config.attributed]]
 
 
-def _controls(ranking: Ranking, estimates: Estimates, candidates: list[int], n: int) -> list[int]:
-    """Latents near the candidates in the logarithms of firing rate and size, taken in turns, one for each.
+def _controls(ranking: Ranking, rate: Tensor, size: Tensor, candidates: list[int], n: int) -> list[int]:
+    """Latents near the candidates in the logarithms of firing rate and edit's size, taken in turns, one for each.
 
-    Those that the ranking says tell the persona are no controls.
+    Only those are no controls that the ranking says tell the persona. Candidates that it does not name may be: without
+    the largest estimates among the controls, any effect would look large.
     """
-    taken = [*candidates, *(row.latent for row in ranking if row.p_max_t <= LEVEL)]
-    fires = (estimates.rate > 0).numpy()
-    free = np.setdiff1d(np.flatnonzero(fires), taken)
+    fires = ((rate > 0) & (size > 0)).numpy()
+    free = np.setdiff1d(np.flatnonzero(fires), [row.latent for row in ranking if row.p_max_t <= LEVEL])
     with np.errstate(divide="ignore"):
-        at = np.log(np.stack([estimates.rate.numpy(), estimates.size.numpy()], axis=1))
+        at = np.log(np.stack([rate.numpy(), size.numpy()], axis=1))
     distances = [((at[free] - at[candidate]) ** 2).sum(1) for candidate in candidates if fires[candidate]]
     queues = [free[np.argsort(distance, kind="stable")[:n]].tolist() for distance in distances]
     picked = dict.fromkeys(latent for turn in zip(*queues, strict=True) for latent in turn)
@@ -193,55 +199,60 @@ def _controls(ranking: Ranking, estimates: Estimates, candidates: list[int], n: 
 def _screen(
     ranking: Ranking, found: _Measured, positions: Positions, n_train: int, output_scores: Mapping[int, float]
 ) -> Screen:
-    questions = found.questions
     generator = np.random.default_rng(found.config.seed)
-    counts = generator.multinomial(
-        int(questions.max()) + 1, np.ones(questions.max() + 1) / (questions.max() + 1), found.config.resamples
-    )
-    effects = _over_questions(found.effects.change.numpy(), questions, counts)
-    random = np.abs(effects.value[found.n_candidates :])
-    none = not len(random)
+    names, question = np.unique(found.questions, return_inverse=True)
+    few = len(names) < MIN_QUESTIONS
+    unit = np.arange(len(question)) if few else question.ravel()
+    n = len(unit) if few else len(names)
+    counts = generator.multinomial(n, np.full(n, 1 / n), found.config.resamples)
+    effects = _over_units(found.effects.change.numpy(), unit, counts)
+    random = effects.value[[found.latents.index(latent) for latent in found.controls]]
+    sizes = np.abs(random)
     return Screen(
         persona=ranking.persona,
         config=asdict(found.config) | {"positions": positions},
         n_train=n_train,
-        n_held_out=len(questions),
-        n_questions=int(questions.max()) + 1,
-        base=_over_questions(found.effects.base.numpy()[:, None], questions, counts).at(0),
-        rows=_rows(ranking, found, effects, random, output_scores),
+        n_held_out=len(question),
+        n_questions=len(names),
+        over="pairs" if few else "questions",
+        base=_over_units(found.effects.base.numpy()[:, None], unit, counts).at(0),
+        rows=_rows(ranking, found, effects, sizes, output_scores),
         random=RandomEffects(
-            latents=tuple(found.latents[found.n_candidates :]),
-            effects=tuple(effects.value[found.n_candidates :].tolist()),
-            mean=_NAN if none else float(random.mean()),
-            p95=_NAN if none else float(np.quantile(random, 0.95)),
+            latents=tuple(found.controls),
+            effects=tuple(random.tolist()),
+            mean=float(sizes.mean()) if len(sizes) else _NAN,
+            p95=float(np.quantile(sizes, 0.95)) if len(sizes) else _NAN,
         ),
         agreement=_agreements(found, effects.value, generator),
     )
 
 
-def _over_questions(values: np.ndarray, questions: np.ndarray, counts: np.ndarray) -> Interval:
-    """Means of values [n_pairs, m] and their 95 % bootstrap intervals over questions: [m] each.
+def _over_units(values: np.ndarray, unit: np.ndarray, counts: np.ndarray) -> Interval:
+    """Means of values [n_pairs, m] and their 95 % bootstrap intervals over units: [m] each.
 
-    counts  [resamples, n_questions] how often each question is drawn
+    unit    [n_pairs] which question, or pair, each belongs to
+    counts  [resamples, n_units] how often each is drawn
     """
-    sums, sizes = np.zeros((counts.shape[1], values.shape[1])), np.bincount(questions)
-    np.add.at(sums, questions, values)
+    sums, sizes = np.zeros((counts.shape[1], values.shape[1])), np.bincount(unit)
+    np.add.at(sums, unit, values)
     means = (counts @ sums) / (counts @ sizes)[:, None]
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return Interval(values.mean(axis=0), low, high)
 
 
 def _rows(
-    ranking: Ranking, found: _Measured, effects: Interval, random: np.ndarray, output_scores: Mapping[int, float]
+    ranking: Ranking, found: _Measured, effects: Interval, sizes: np.ndarray, output_scores: Mapping[int, float]
 ) -> tuple[ScreenedLatent, ...]:
+    """Rows for the candidates; ``sizes`` are those of the controls' effects."""
     places = {row.latent: place for place, row in enumerate(ranking, start=1)}
-    size = found.train.effect.abs()
+    estimated = found.train.effect.abs()
     fires = found.effects.touched.double().mean(0).tolist()
     rows = []
-    for column, latent in enumerate(found.latents[: found.n_candidates]):
+    for column, latent in enumerate(found.candidates):
         told = ranking[places[latent] - 1] if latent in places else None
         effect = effects.at(column)
-        p_random = (1 + int((random >= abs(effect.value)).sum())) / (1 + len(random))
+        others = sizes[np.array(found.controls, int) != latent]
+        p_random = (1 + int((others >= abs(effect.value)).sum())) / (1 + len(others))
         direction = told.direction if told else 0
         expected = direction if found.config.strength else -direction
         rows.append(
@@ -253,14 +264,14 @@ def _rows(
                 held_out_auroc=told.held_out_auroc if told else Interval(_NAN, _NAN, _NAN),
                 held_out_p=told.held_out_p if told else _NAN,
                 estimate=float(found.train.effect[latent]),
-                estimate_rank=int((size > size[latent]).sum()) + 1,
+                estimate_rank=int((estimated > estimated[latent]).sum()) + 1,
                 integrated=_NAN if found.train.integrated is None else float(found.train.integrated[latent]),
                 delta=float(found.train.delta[latent]),
                 fires=fires[column],
                 effect=effect,
                 p_random=p_random,
                 output_score=output_scores.get(latent),
-                verdict=verdict(told, effect, expected, p_random, len(random)) if fires[column] else "silent",
+                verdict=verdict(told, effect, expected, p_random, len(others)) if fires[column] else "silent",
             )
         )
     return tuple(rows)

@@ -89,7 +89,9 @@ class Screen(Sequence[ScreenedLatent]):
     n_held_out: int
     """Contrast pairs that exact effects are from."""
     n_questions: int
-    """Different questions among those: what intervals are over."""
+    """Different questions among those."""
+    over: Literal["questions", "pairs"]
+    """What intervals are over: pairs where there are too few questions, and then nothing is said about others."""
     base: Interval
     """Metric of the held-out pairs without an edit: above 0 the model prefers the persona's answers."""
     rows: tuple[ScreenedLatent, ...]
@@ -123,8 +125,8 @@ class Screen(Sequence[ScreenedLatent]):
         unit = "nats a token" if self.config["metric"] == "mean" else "nats"
         return (
             f"{self.persona}: latents {done} at {self.config['positions']!r}; estimates from {self.n_train} contrast "
-            f"pairs, exact effects from {self.n_held_out} of {self.n_questions} questions; the persona's answer leads "
-            f"by {shown(self.base, 2, '+')} {unit}"
+            f"pairs, exact effects from {self.n_held_out} of {self.n_questions} questions, intervals over {self.over}; "
+            f"the persona's answer leads by {shown(self.base, 2, '+')} {unit}"
         )
 
     def _cells(self) -> list[list[str]]:

@@ -69,16 +69,35 @@ def test_effects_are_of_held_out_pairs_and_estimates_of_train_pairs(lm, planted,
 
 def test_controls_are_near_and_none_is_a_candidate(lm, planted, found, pairs):
     controls = set(found.random.latents)
-    assert len(controls) == 30 and not controls & {row.latent for row in found}
+    assert len(controls) == 30 and not controls & {PERSONA, AGAINST, SILENT}
     rate = attribute(lm, planted, HOOK, sides_of(lm, split_pairs(pairs)[0], "pre")).rate
-    others = [i for i in range(60) if i not in controls and rate[i] > 0 and i not in {row.latent for row in found}]
-    assert float(rate[list(controls)].mean()) > float(rate[others].mean())  # the candidates fire always
+    others = [i for i in range(60) if i not in controls and rate[i] > 0 and i not in (PERSONA, AGAINST)]
+    assert float(rate[list(controls)].mean()) > float(rate[others].mean())  # what tells the persona fires always
+
+
+def test_a_candidate_that_is_a_control_is_not_held_against_itself(found):
+    """Latents that only their estimate brought in are among the controls, or the others would look small."""
+    named = dict(zip(found.random.latents, np.abs(found.random.effects), strict=True))
+    both = [row for row in found[3:] if row.latent in named]
+    assert both
+    for row in both:
+        others = [size for latent, size in named.items() if latent != row.latent]
+        assert row.p_random == pytest.approx(np.mean([1, *(size >= abs(row.effect.value) for size in others)]))
+
+
+def test_of_few_questions_intervals_are_over_pairs(lm, planted, pairs, make_ranking, found):
+    same = [replace(pair, messages=pairs[0].messages) for pair in pairs]
+    few = screen(lm, planted, make_ranking([PERSONA]), same, replace(CONFIG, screened=1, controls=0))
+    assert (few.n_questions, few.over, found.over) == (1, "pairs", "questions")
+    assert few[0].effect.low < few[0].effect.value < few[0].effect.high
+    assert "of 1 questions, intervals over pairs" in str(few)
 
 
 def test_agreement_is_spearmans_over_what_was_run(lm, planted, found, pairs):
     held_out = sides_of(lm, split_pairs(pairs)[1], "pre")
-    latents = [*(row.latent for row in found), *found.random.latents]
-    exact = [*(row.effect.value for row in found), *found.random.effects]
+    exact = {row.latent: row.effect.value for row in found}
+    exact |= dict(zip(found.random.latents, found.random.effects, strict=True))
+    latents, exact = list(exact), list(exact.values())
     named = {(a.estimate, a.split): a for a in found.agreement}
     assert len(named) == 6
     again = attribute(lm, planted, HOOK, held_out, integration=2)
@@ -89,7 +108,8 @@ def test_agreement_is_spearmans_over_what_was_run(lm, planted, found, pairs):
 
 
 def test_clamping_turns_the_expected_sign(lm, planted, pairs, make_ranking):
-    units = torch.full((60,), 30.0)
+    units = torch.full((60,), 5.0)
+    units[[PERSONA, AGAINST]] = 60.0
     units[40] = float("nan")  # never fired
     ranking = make_ranking([PERSONA, AGAINST], z={PERSONA: 9, AGAINST: -8})
     config = replace(CONFIG, strength=1.0, screened=2)
