@@ -116,7 +116,7 @@ def lab_texts(
     n_questions: Annotated[int, typer.Option(help="Questions a trait, of each part.")] = 120,
     seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
 ) -> None:
-    """Write texts of the lab as JSONL: corpus, held_out, labelled, named, and questions for each trait."""
+    """Write texts of the lab as JSONL: corpus, held_out, labelled, named, and each trait's questions and contrasts."""
     from sae_persona.lab.corpora import write_texts
 
     for path in write_texts(out, n=n, n_labelled=n_labelled, n_questions=n_questions, seed=seed):

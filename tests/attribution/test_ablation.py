@@ -5,7 +5,9 @@ from sae_persona.activations.hooks import Call, editing, model_inputs, watching
 from sae_persona.activations.lm import padded
 from sae_persona.attribution.ablation import exact_effects
 from sae_persona.attribution.metrics import sides_of
+from sae_persona.attribution.patching import attribute
 from sae_persona.errors import ConfigError
+from sae_persona.sae.sparsity import TopK
 from sae_persona.types import HookPoint
 
 HOOK = HookPoint(2)
@@ -60,3 +62,23 @@ def test_what_does_not_fire_is_not_run_and_has_no_effect(lm, sae, pairs):
 def test_a_latent_that_does_not_exist(lm, sae, pairs):
     with pytest.raises(ConfigError, match="latent 60 does not exist: this SAE has latents 0 to 59"):
         exact_effects(lm, sae, HOOK, sides_of(lm, pairs[:1], "pre"), torch.tensor([1, 60]))
+
+
+def test_before_a_block_is_after_the_one_before(lm, sae, pairs):
+    """Both sites of one place give the same effects and estimates."""
+    sides, latents = sides_of(lm, pairs[:2], "answer"), torch.arange(5)
+    post, pre = (exact_effects(lm, sae, hook, sides, latents) for hook in (HOOK, HookPoint(3, "resid_pre")))
+    torch.testing.assert_close(post.change, pre.change, atol=1e-4, rtol=1e-3)
+    post, pre = (attribute(lm, sae, hook, sides) for hook in (HOOK, HookPoint(3, "resid_pre")))
+    torch.testing.assert_close(post.effect, pre.effect, atol=1e-4, rtol=1e-3)
+
+
+def test_a_latent_that_top_k_does_not_keep_is_0(lm, sae, pairs):
+    """Under TopK what is ablated is what survived among all latents, not what its own row of the encoder says."""
+    topk = type(sae)(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, TopK(3), sae.metadata)
+    sides = sides_of(lm, pairs[:4], "pre")
+    found = exact_effects(lm, topk, HOOK, sides, torch.arange(topk.n_latents))
+    assert int(found.touched.sum(1).max()) <= 6  # three at the token of each side
+    rate = attribute(lm, topk, HOOK, sides).rate
+    assert float(rate.sum()) == pytest.approx(3)
+    assert set(found.touched.any(0).nonzero().flatten().tolist()) == set(rate.nonzero().flatten().tolist())
