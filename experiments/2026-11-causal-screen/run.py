@@ -70,7 +70,7 @@ def beside(pooled: Pooled, persona: str, pool: str, ranking: Ranking) -> dict[st
     dense = dense_baselines(x, *parts, probe_c=None, permutations=1000, seed=0, groups=groups)
     best = max(ranking.rows, key=lambda row: abs(row.auroc.value - 0.5))
     return {
-        "best latent": max(best.held_out_auroc.value, 1 - best.held_out_auroc.value),
+        "best latent": best.held_out_auroc.value if best.direction > 0 else 1 - best.held_out_auroc.value,
         **{base.name: base.held_out_auroc.value for base in dense},
         "chosen": [base.note for base in dense if base.note],
         "random directions": random_directions(x, *parts, seed=0),

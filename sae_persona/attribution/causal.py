@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_persona.activations.lm import LM
 from sae_persona.attribution.ablation import Effects, exact_effects
+from sae_persona.attribution.agreement import agreement
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.contrasts import Contrast, split_pairs
 from sae_persona.attribution.metrics import Metric, Positions, Side, sides_of
@@ -297,33 +298,5 @@ def _agreements(found: _Measured, exact: np.ndarray, generator: np.random.Genera
         for name, values in named.items():
             if values is not None:
                 x = values.numpy()[found.latents]
-                agreements.append(_agreement(name, split, x, exact, found.config.resamples, generator))
+                agreements.append(agreement(name, split, x, exact, found.config.resamples, generator))
     return tuple(agreements)
-
-
-def _agreement(
-    name: Any, split: Any, estimate: np.ndarray, exact: np.ndarray, resamples: int, generator: np.random.Generator
-) -> Agreement:
-    n, moved = len(exact), exact != 0
-    drawn = generator.integers(n, size=(resamples, n))
-    spearman = _spearman(estimate[drawn], exact[drawn])
-    spearman = spearman[np.isfinite(spearman)]
-    low, high = np.quantile(spearman, (0.025, 0.975)) if len(spearman) else (_NAN, _NAN)
-    same = np.sign(estimate[moved]) == np.sign(exact[moved])
-    return Agreement(
-        estimate=name,
-        split=split,
-        n=n,
-        spearman=Interval(float(_spearman(estimate[None], exact[None])[0]), float(low), float(high)),
-        same_sign=float(same.mean()) if len(same) else _NAN,
-    )
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rank correlation of each row of x with that of y [b, n]: [b]. NaN where one does not vary."""
-    from scipy.stats import rankdata  # here: importing scipy.stats costs half a second
-
-    x, y = (rankdata(part, axis=1) for part in (x, y))
-    x, y = (part - part.mean(axis=1, keepdims=True) for part in (x, y))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
