@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import cli_features, cli_training, pipeline
+from sae_persona import cli_causal, cli_features, cli_training, pipeline
 from sae_persona.activations.lm import checked_device, load_lm
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
@@ -41,6 +41,7 @@ lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tin
 app.add_typer(lab_app, name="lab")
 cli_training.add_to(app)
 cli_features.add_to(app)
+cli_causal.add_to(app)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
@@ -117,7 +118,7 @@ def lab_texts(
     n_questions: Annotated[int, typer.Option(help="Questions a trait, of each part.")] = 120,
     seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
 ) -> None:
-    """Write texts of the lab as JSONL: corpus, held_out, labelled, named, and questions for each trait."""
+    """Write texts of the lab as JSONL: corpus, held_out, labelled, named, and each trait's questions and contrasts."""
     from sae_persona.lab.corpora import write_texts
 
     for path in write_texts(out, n=n, n_labelled=n_labelled, n_questions=n_questions, seed=seed):

@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,19 @@ from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM
 from sae_persona.activations.texts import read_texts
 from sae_persona.attribution.baselines import difference_of_means
+from sae_persona.attribution.causal import ScreenConfig, screen
+from sae_persona.attribution.contrasts import Contrast, contrasts_of, read_contrasts
 from sae_persona.attribution.labels import select
 from sae_persona.attribution.partial import Covariates
 from sae_persona.attribution.rank import RankConfig, rank_all
 from sae_persona.attribution.ranking import Ranking
+from sae_persona.attribution.screens import Screen
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
 from sae_persona.features.corpus import scan
 from sae_persona.features.measure import MeasureConfig, Measurement, measure
 from sae_persona.features.pooled import Pooled
 from sae_persona.features.scan import Scan, ScanConfig, Share
-from sae_persona.runs import Run
+from sae_persona.runs import Run, file_hash
 from sae_persona.sae.formats import load_sae
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
@@ -45,7 +48,7 @@ def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig)
         if not len(found.pooled.ids):
             raise DataError("no answer in these texts has labels: give each row labels {PERSONA: 0 or 1}")
         found.save(run)
-        for folder in ("rankings", "sweeps"):  # they speak of what was measured before
+        for folder in ("rankings", "screens", "sweeps"):  # they speak of what was measured before
             shutil.rmtree(run.path / folder, ignore_errors=True)
         facts |= {"examples": len(found.pooled.ids), "dropped": found.dropped, "tokens": found.stats.n_tokens}
     return found
@@ -133,6 +136,43 @@ def open_ranking(run: Run, persona: str) -> Ranking:
     if not run.ranking(persona).is_file():
         raise RunError(f"{run.path} has no ranking for {persona}: run `sae-persona rank {run.path} {persona}` first")
     return Ranking.load(run.ranking(persona))
+
+
+def screen_stage(
+    run: Run,
+    lm: LM,
+    persona: str,
+    *,
+    config: ScreenConfig,
+    pairs: str | Path | Sequence[Any] | None = None,
+    found: Measurement | None = None,
+    output_scores: Mapping[int, float] | None = None,
+) -> Screen:
+    """Screen the best latents of a persona's ranking for an effect on contrast pairs.
+
+    pairs   what ``read_contrasts`` takes; None: those that the measured dialogues hold, see ``contrasts_of``
+    """
+    ranking = open_ranking(run, persona)
+    with run.recording("screen", persona=persona, config=asdict(config), pairs=input_facts(pairs or [])):
+        contrasts = measured_contrasts(run, persona) if pairs is None else read_contrasts(pairs)
+        found = found or Measurement.load(run)
+        made = screen(
+            lm, open_sae(run, lm), ranking, contrasts, config, units=found.stats.p999, output_scores=output_scores
+        )
+        made.save(run.screen(persona))
+    return made
+
+
+def measured_contrasts(run: Run, persona: str) -> list[Contrast]:
+    """Contrast pairs out of the dialogues that the run was measured on. DataError if those are not there any more."""
+    texts = run.stage("measure")["texts"]
+    wanted = "give contrast pairs as a file"
+    if texts["path"] is None or texts["sha256"] is None:
+        raise DataError(f"{run.path} was measured on texts that are in no file: {wanted}")
+    path = Path(texts["path"])
+    if not path.exists() or file_hash(path) != texts["sha256"]:
+        raise DataError(f"{path} is not what {run.path} was measured on any more: {wanted}, or measure again")
+    return contrasts_of(path, persona)
 
 
 def candidates(ranking: Ranking, n: int, latent: int | None = None) -> list[Candidate]:

@@ -9,6 +9,7 @@
     RUN/scan.h5                    the same of a corpus, with sampled contexts and co-firing: a Scan
     RUN/examples.h5                pooled latents and activations of each labelled example
     RUN/rankings/PERSONA.json      a Ranking
+    RUN/screens/PERSONA.json       a Screen
     RUN/sweeps/NAME.json           a Sweep
     RUN/interventions/NAME.json    an Intervention, with NAME.safetensors beside it
     RUN/report.html
@@ -261,6 +262,9 @@ class Run:
 
     def ranking(self, persona: str) -> Path:
         return self.path / "rankings" / f"{quote(persona, safe=' ')}.json"
+
+    def screen(self, persona: str) -> Path:
+        return self.path / "screens" / f"{quote(persona, safe=' ')}.json"
 
     def sweep(self, name: str) -> Path:
         return self.path / "sweeps" / f"{quote(name, safe=' ')}.json"

@@ -19,6 +19,7 @@ STAGES = [
         "cli_options",
         "cli_training",
         "cli_features",
+        "cli_causal",
         "cli",
         "__main__",
     ),
@@ -28,7 +29,7 @@ ONLY_IN = {
     "transformers": {"lab", "activations", "steering"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
-    "typer": {"flags", "cli_options", "cli_training", "cli_features", "cli"},
+    "typer": {"flags", "cli_options", "cli_training", "cli_features", "cli_causal", "cli"},
 }
 FILES = sorted([*(ROOT / "sae_persona").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 KERNELS_MAY = {"torch", "triton", "sae_kernels", "einops", *sys.stdlib_module_names}

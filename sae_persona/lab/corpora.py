@@ -4,6 +4,7 @@
     labelled    dialogues whose author's traits label the last answer; the traits only show, nobody names them
     named       the same, after a line that names one or two of the traits
     questions   what to ask while a latent is clamped; development and test questions never meet
+    contrasts   a question with an answer that shows a trait and one that does not, see lab.contrasts
 
 Corpus, train and development rows come from the train domains and templates, held-out and test rows from the others.
 """
@@ -15,6 +16,7 @@ from random import Random
 from typing import Any
 
 from sae_persona.lab.authors import ADJECTIVES, TRAITS, Author, AuthorConfig, independent
+from sae_persona.lab.contrasts import contrasts
 from sae_persona.lab.dialogue import KINDS, Document, Kind, Part, Question, ask, converse, document, introduce
 from sae_persona.lab.exam import KINDS_SHOWING, question_showing
 from sae_persona.lab.world import ASSISTANT, NAMES
@@ -96,7 +98,8 @@ def persona_prompt(trait: str) -> str:
 def write_texts(folder: Path, *, n: int, n_labelled: int, n_questions: int, seed: int) -> list[Path]:
     """Write every corpus as JSONL, each file whole or not at all; returns the paths. RunError if the disk refuses.
 
-    corpus, held_out (a tenth of it), labelled and named (both splits), questions/TRAIT-development and TRAIT-test
+    corpus, held_out (a tenth of it), labelled and named (both splits), questions/TRAIT-development and TRAIT-test,
+    contrasts/TRAIT (``n_questions`` pairs of each split)
     """
     files: dict[str, Iterable[dict[str, Any]]] = {
         "corpus": corpus(n, seed=seed),
@@ -107,6 +110,7 @@ def write_texts(folder: Path, *, n: int, n_labelled: int, n_questions: int, seed
     for trait in TRAITS:
         for part, use in zip(SPLITS, ("development", "test"), strict=True):
             files[f"questions/{trait}-{use}"] = question_rows(trait, n_questions, part, seed=seed)
+        files[f"contrasts/{trait}"] = [row for part in SPLITS for row in contrasts(trait, n_questions, part, seed=seed)]
     paths = [folder / f"{name}.jsonl" for name in files]
     for path, rows in zip(paths, files.values(), strict=True):
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -68,7 +68,7 @@ def test_files_hold_the_rows_and_come_out_the_same(tmp_path):
     paths = corpora.write_texts(tmp_path / "a", **sizes)
     again = corpora.write_texts(tmp_path / "b", **sizes)
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
-    assert len(paths) == 4 + 2 * len(TRAITS)
+    assert len(paths) == 4 + 3 * len(TRAITS)
     first = json.loads((tmp_path / "a" / "labelled.jsonl").read_text().splitlines()[0])
     assert set(first) == {"id", "messages", "labels", "template", "domain", "author", "split"}
 
