@@ -7,6 +7,8 @@
     RUN/quality.json               FVU, L0, dead share, CE and KL on held-out texts
     RUN/latents.h5                 LatentStats and top contexts
     RUN/examples.h5                pooled latents and activations of each labelled example
+    RUN/descriptions.jsonl         tokens, scores and explanations of latents, one a line
+    RUN/explanations.jsonl         every prompt put to an explainer and its answer
     RUN/rankings/PERSONA.json      a Ranking
     RUN/sweeps/NAME.json           a Sweep
     RUN/interventions/NAME.json    an Intervention, with NAME.safetensors beside it
@@ -249,6 +251,14 @@ class Run:
     @property
     def examples(self) -> Path:
         return self.path / "examples.h5"
+
+    @property
+    def descriptions(self) -> Path:
+        return self.path / "descriptions.jsonl"
+
+    @property
+    def explanations(self) -> Path:
+        return self.path / "explanations.jsonl"
 
     @property
     def report(self) -> Path:

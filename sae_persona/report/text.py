@@ -7,6 +7,7 @@ from typing import Any
 from sae_persona.activations.lm import LM
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError
+from sae_persona.features.descriptions import Descriptions
 from sae_persona.features.measure import Measurement
 from sae_persona.runs import Run, read_json
 from sae_persona.sae.formats import sae_facts
@@ -52,7 +53,7 @@ def describe_sae(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[str, Any]]:
-    """Statistics and strongest contexts of one latent, as text and as JSON values.
+    """Statistics, description (if there is one) and strongest contexts of one latent, as text and as JSON values.
 
     In the text, the token on which the latent fires strongest stands in brackets.
     DataError if the run has no such latent.
@@ -71,6 +72,9 @@ def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[
         f"latent {latent}: fires on {facts['firing_rate']:.3%} of tokens, "
         f"99.9th percentile {float(stats.p999[latent]):.3g}"
     ]
+    if run.descriptions.is_file() and latent in (described := Descriptions.load(run)):
+        facts["description"] = asdict(described[latent])
+        lines += str(described[latent]).splitlines()
     contexts = found.contexts.of(latent)[:top]
     facts["contexts"] = [asdict(context) for context in contexts]
     for context in contexts:
