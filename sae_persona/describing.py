@@ -113,7 +113,7 @@ def plan_stage(
     config, explaining = config or DescribeConfig(), explaining or ExplainConfig()
     found, sae = found or Measurement.load(run), open_sae(run, lm)
     silent = silent_texts(lm, sae.hook, sae, found, seed=explaining.seed) if explaining.scores else None
-    described = describe(lm, sae.hook, sae, found.contexts, latents, config)
+    described = describe(lm, sae.hook, sae, found.contexts, latents, replace(config, outputs=False))
     subjects = [Subject(each, found.contexts.of(each.latent)) for each in described]
     log = AnswerLog(run.explanations)
     return plan(explainer_name, lm.tokenizer, subjects, silent, log, explaining, answer_tokens=answer_tokens)

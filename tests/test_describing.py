@@ -13,6 +13,7 @@ from sae_persona.features.descriptions import Descriptions
 from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.lab import corpora
 from sae_persona.pipeline import measure_stage
+from sae_persona.runs import write_json
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_an_explainer_that_fails_marks_the_latents_and_the_status_is_1(call, sma
     assert code == 1 and "0 of 2 latents explained, 2 with an error" in err and "Traceback" not in err
     found = Descriptions.load(small_run)
     assert len(found) == 2 and all(found[i].error and found[i].promoted and not found[i].explanation for i in found)
-    assert "without an answer: " in out
+    assert "error: " in out
 
 
 def test_one_latent_that_fails_is_marked_and_the_rest_is_done(call, small_run, chat_stub):
@@ -140,6 +141,9 @@ def test_mistakes_are_told_before_anything_is_written(call, small_run):
         code, out, err = call("describe", small_run.path, *arguments)
         assert code == 2 and out == "" and wanted in err, err
     assert not small_run.descriptions.exists() and not small_run.has("describe")
+    manifest = small_run.manifest
+    write_json(small_run.path / "manifest.json", {**manifest, "stages": manifest["stages"][:1]})
+    assert "has no measure stage yet" in call("describe", small_run.path)[2]
 
 
 def test_new_measurements_make_old_descriptions_void(call, small_run):

@@ -34,6 +34,8 @@ class DescribeConfig:
     """List tokens by z-scores over the latents, not by logits."""
     lens_top: int = 20
     """First tokens of the lens (always by logits) that input and output scores ask about."""
+    outputs: bool = True
+    """Score what raising each latent does, which takes a forward pass for each batch."""
     prompt: str = "From my experience,"
     """Neutral text at whose last token the output score raises a latent."""
     boost: float = 10.0
@@ -70,14 +72,16 @@ def describe(
     config = config or DescribeConfig()
     check_latents(latents, sae.n_latents)
     lens, chosen = LogitLens(lm, sae), torch.tensor(list(latents), dtype=torch.int64)
-    listed = lens.tokens(chosen, config.n_tokens, z_scored=config.z_scored)
-    top = lens.tokens(chosen, config.lens_top).promoted
-    outputs = output_scores(
-        lm, sae, hook, chosen, top, prompt=config.prompt, boost=config.boost, batch=config.batch, on_done=on_done
-    )
+    by_logits = lens.tokens(chosen, max(config.n_tokens, config.lens_top))
+    listed = lens.tokens(chosen, config.n_tokens, z_scored=True) if config.z_scored else by_logits
+    top, outputs = by_logits.promoted[:, : config.lens_top], None
+    if config.outputs:
+        outputs = output_scores(
+            lm, sae, hook, chosen, top, prompt=config.prompt, boost=config.boost, batch=config.batch, on_done=on_done
+        ).score.tolist()
 
     def tokens(ids: Tensor, values: Tensor) -> tuple[tuple[str, float], ...]:
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        pairs = zip(ids[: config.n_tokens].tolist(), values[: config.n_tokens].tolist(), strict=True)
         return tuple((token_text(lm.tokenizer, token), round(value, 4)) for token, value in pairs)
 
     found = []
@@ -90,7 +94,7 @@ def describe(
                 suppressed=tokens(listed.suppressed[row], listed.suppressed_logits[row]),
                 concentration=token_concentration(own),
                 input_score=input_score(own, set(top[row].tolist())),
-                output_score=float(outputs.score[row]),
+                output_score=outputs[row] if outputs else None,
             )
         )
     return found

@@ -52,7 +52,7 @@ class Description:
         if self.explanation:
             lines.append(f"{self.explainer}: {self.explanation}")
         if self.error:
-            lines.append(f"{self.explainer}, without an answer: {self.error}")
+            lines.append(f"error: {self.error}")
         return "\n".join(lines)
 
 

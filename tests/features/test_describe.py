@@ -27,8 +27,9 @@ def test_puts_together_what_each_part_says(small_run):
     hits = [context.tokens[context.acts.index(context.strength)] in top for context in contexts]
     assert rows[2].input_score == sum(hits) / len(hits)
     assert all(0 < row.concentration <= 1 and 0 <= row.output_score <= 1 for row in rows)
+    assert describe(lm, sae.hook, sae, found.contexts, [9], DescribeConfig(outputs=False))[0].output_score is None
     z_scored = describe(lm, sae.hook, sae, found.contexts, [9], DescribeConfig(z_scored=True))[0]
-    assert z_scored.promoted[0][1] > 1 and z_scored.input_score is not None
+    assert z_scored.promoted[0][1] > 1 and len(z_scored.promoted) == 10 and z_scored.input_score is not None
 
 
 def test_silent_texts_are_of_different_documents_and_the_same_for_a_seed(small_run):
