@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from sae_persona.attribution.ranking import Ranking as Ranking
     from sae_persona.errors import SaePersonaError as SaePersonaError
     from sae_persona.features.corpus import scan as scan
+    from sae_persona.features.describe import describe as describe
+    from sae_persona.features.descriptions import Description as Description
+    from sae_persona.features.descriptions import Descriptions as Descriptions
+    from sae_persona.features.explain import explain as explain
+    from sae_persona.features.explainers import open_explainer as open_explainer
+    from sae_persona.features.logit_lens import LogitLens as LogitLens
     from sae_persona.features.measure import MeasureConfig as MeasureConfig
     from sae_persona.features.measure import measure as measure
     from sae_persona.features.scan import Scan as Scan
@@ -71,6 +77,11 @@ _HOMES = {
     "attribution.ranking": ("Ranking",),
     "errors": ("SaePersonaError",),
     "features.corpus": ("scan",),
+    "features.describe": ("describe",),
+    "features.descriptions": ("Description", "Descriptions"),
+    "features.explain": ("explain",),
+    "features.explainers": ("open_explainer",),
+    "features.logit_lens": ("LogitLens",),
     "features.measure": ("MeasureConfig", "measure"),
     "features.scan": ("Scan", "ScanConfig"),
     "features.stats": ("LatentStats",),

@@ -50,6 +50,7 @@ def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig)
         found.save(run)
         for folder in ("rankings", "screens", "sweeps"):  # they speak of what was measured before
             shutil.rmtree(run.path / folder, ignore_errors=True)
+        run.descriptions.unlink(missing_ok=True)
         facts |= {"examples": len(found.pooled.ids), "dropped": found.dropped, "tokens": found.stats.n_tokens}
     return found
 

@@ -8,6 +8,8 @@
     RUN/latents.h5                 LatentStats and top contexts of the measured dialogues
     RUN/scan.h5                    the same of a corpus, with sampled contexts and co-firing: a Scan
     RUN/examples.h5                pooled latents and activations of each labelled example
+    RUN/descriptions.jsonl         tokens, scores and explanations of latents, one a line
+    RUN/explanations.jsonl         every prompt put to an explainer and its answer
     RUN/rankings/PERSONA.json      a Ranking
     RUN/screens/PERSONA.json       a Screen
     RUN/sweeps/NAME.json           a Sweep
@@ -255,6 +257,14 @@ class Run:
     @property
     def examples(self) -> Path:
         return self.path / "examples.h5"
+
+    @property
+    def descriptions(self) -> Path:
+        return self.path / "descriptions.jsonl"
+
+    @property
+    def explanations(self) -> Path:
+        return self.path / "explanations.jsonl"
 
     @property
     def report(self) -> Path:

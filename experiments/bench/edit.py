@@ -78,7 +78,7 @@ def spliced(lm: LM, sae: SAE, hook: HookPoint, k: int) -> Iterator[None]:
 def step_ms(lm: LM, batch: int, steering: Any) -> float:
     """Median milliseconds of a replayed step."""
     config: Any = lm.model.config
-    cache = transformers.StaticCache(config=config, max_cache_len=PROMPT + STEPS + 8)
+    cache = transformers.StaticCache(config=config, max_cache_len=2 * (PROMPT + STEPS))
     ids = torch.randint(3, 250, (batch, PROMPT), device="cuda")
     one, at = ids[:, :1].clone(), torch.full((batch, 1), PROMPT, device="cuda")
     with torch.no_grad(), steering:

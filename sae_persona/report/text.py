@@ -8,6 +8,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError
 from sae_persona.features.contexts import Context
+from sae_persona.features.descriptions import Descriptions
 from sae_persona.features.scan import Scan, findings
 from sae_persona.runs import Run, read_json
 from sae_persona.sae.formats import sae_facts
@@ -53,8 +54,8 @@ def describe_sae(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[str, Any]]:
-    """Statistics and contexts of one latent, as text and as JSON values: of the corpus that was scanned, else of the
-    measured dialogues.
+    """Statistics, description and contexts of one latent, as text and as JSON values: of the corpus that was scanned,
+    else of the measured dialogues.
 
     In the text, the token that a context is about stands in brackets: of the strongest, where the latent peaks.
     DataError if the run has no such latent.
@@ -73,6 +74,9 @@ def describe_latent(run: Run, lm: LM, latent: int, top: int) -> tuple[str, dict[
         f"latent {latent}: fires on {facts['firing_rate']:.3%} of tokens, "
         f"99.9th percentile {float(stats.p999[latent]):.3g}"
     ]
+    if run.descriptions.is_file() and latent in (described := Descriptions.load(run)):
+        facts["description"] = asdict(described[latent])
+        lines += str(described[latent]).splitlines()
     contexts = found.contexts.of(latent)[:top]
     facts["contexts"] = [asdict(context) for context in contexts]
     lines += [f"{context.strength:8.3g}  {_marked(lm, context)}" for context in contexts]

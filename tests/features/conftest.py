@@ -1,4 +1,4 @@
-"""Corpora with known firings: texts in one or more sequences, and dense latents on what is counted of them."""
+"""Corpora with known firings, and tiny random models with SAEs for them."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from sae_persona.activations.lm import LM
 from sae_persona.features.firings import Firings, Piece, TokenRows
+from sae_persona.sae.model import SAE
+from sae_persona.sae.sparsity import TopK
 from sae_persona.types import SparseLatents
+
+LENSED = ("Llama", "GPT2", "GPTNeoX", "Gemma2", "Gemma3Text", "Qwen3", "OPT", "Phi", "GPTJ", "Mixtral")
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,36 @@ def make_corpus():
         return Corpus(pieces, torch.tensor(dense, dtype=torch.float32))
 
     return make
+
+
+def random_sae(d_in: int = 16, n_latents: int = 12) -> SAE:
+    torch.manual_seed(1)
+    w = torch.nn.functional.normalize(torch.randn(n_latents, d_in), dim=1)
+    return SAE(w, torch.zeros(n_latents), w, torch.zeros(d_in), TopK(4), {"hook": "layers.1.resid_post"})
+
+
+def shaken(lm: LM) -> LM:
+    """With gains and biases that are not their initial ones and zeros."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, weight in lm.model.named_parameters():
+            if weight.dim() == 1:
+                weight.add_(0.3 * torch.randn_like(weight))
+            elif "lm_head" in name or "embed" in name or "wte" in name:
+                weight.mul_(10)
+    return lm
+
+
+@pytest.fixture
+def make_tiny_lm(make_lm):
+    return lambda family="Llama": shaken(make_lm(family))
+
+
+@pytest.fixture(params=LENSED)
+def lensed_lm(request, make_lm) -> LM:
+    return shaken(make_lm(request.param))
+
+
+@pytest.fixture
+def tiny_sae() -> SAE:
+    return random_sae()
