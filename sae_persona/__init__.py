@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from sae_persona.attribution.rank import rank as rank
     from sae_persona.attribution.ranking import Ranking as Ranking
     from sae_persona.errors import SaePersonaError as SaePersonaError
+    from sae_persona.features.matching import MatchConfig as MatchConfig
+    from sae_persona.features.matching import Matching as Matching
+    from sae_persona.features.matching import match as match
     from sae_persona.features.measure import MeasureConfig as MeasureConfig
     from sae_persona.features.measure import measure as measure
     from sae_persona.features.stats import LatentStats as LatentStats
+    from sae_persona.finding import Query as Query
+    from sae_persona.finding import Search as Search
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
     from sae_persona.sae.checkpoints import Checkpoints as Checkpoints
@@ -56,8 +61,10 @@ _HOMES = {
     "attribution.rank": ("RankConfig", "rank"),
     "attribution.ranking": ("Ranking",),
     "errors": ("SaePersonaError",),
+    "features.matching": ("MatchConfig", "Matching", "match"),
     "features.measure": ("MeasureConfig", "measure"),
     "features.stats": ("LatentStats",),
+    "finding": ("Query", "Search"),
     "report.page": ("write_report",),
     "runs": ("Run",),
     "sae.checkpoints": ("Checkpoints",),

@@ -6,6 +6,8 @@
     RUN/checkpoints/               while training: what it goes on from
     RUN/quality.json               FVU, L0, dead share, CE and KL on held-out texts
     RUN/latents.h5                 LatentStats and top contexts
+    RUN/descriptions.jsonl         what is known of each latent in words
+    RUN/search.sqlite              the two by word, and RUN/directions.safetensors: made again when these change
     RUN/examples.h5                pooled latents and activations of each labelled example
     RUN/rankings/PERSONA.json      a Ranking
     RUN/sweeps/NAME.json           a Sweep
@@ -249,6 +251,18 @@ class Run:
     @property
     def examples(self) -> Path:
         return self.path / "examples.h5"
+
+    @property
+    def descriptions(self) -> Path:
+        return self.path / "descriptions.jsonl"
+
+    @property
+    def search(self) -> Path:
+        return self.path / "search.sqlite"
+
+    @property
+    def directions(self) -> Path:
+        return self.path / "directions.safetensors"
 
     @property
     def report(self) -> Path:
