@@ -12,7 +12,7 @@ from sae_persona import cli
 from sae_persona.lab import corpora
 from sae_persona.runs import Run
 
-COMMANDS = ["demo", "lab", "train", "measure", "rank", "show", "try", "sweep", "export", "report"]
+COMMANDS = ["demo", "lab", "train", "measure", "rank", "show", "try", "sweep", "export", "report", "search", "match"]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ AT_ONCE = 2**22
 """Entries that are worked on at once."""
 FEW = 2048
 """So few rows are read in fp32 rather than narrowed down any further."""
+_TINY = torch.finfo(torch.float32).tiny
 _ROUNDING = 1e-9  # of a dozen fp64 operations on numbers near 1, with room to spare
 
 
@@ -57,13 +58,15 @@ class Directions:
         codes = torch.empty(rows.shape, dtype=torch.int8)
         scale, error = torch.empty(len(rows)), torch.empty(len(rows))
         for here in _blocks(len(rows), rows.shape[1]):
-            unit = torch.nn.functional.normalize(rows[here], dim=1, eps=torch.finfo(torch.float32).tiny)
+            part = rows[here]
+            part = part / part.abs().amax(1, keepdim=True).clamp(min=_TINY)  # whose squares fit into fp32
+            unit = torch.nn.functional.normalize(part, dim=1, eps=_TINY)
             if not unit.isfinite().all():
                 raise DataError("a decoder direction is not finite: train the SAE again")
             step = unit.abs().amax(1, keepdim=True) / LEVELS
-            whole = (unit / step.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(-LEVELS, LEVELS)
+            whole = (unit / step.clamp(min=_TINY)).round_().clamp_(-LEVELS, LEVELS)
             codes[here], scale[here] = whole.to(torch.int8), step[:, 0]
-            # beside the length itself: fp32 rounding of the unit row and of the product, three times 2**-24 of length
+            # beside the length itself: fp32 rounding of the unit row and of the product, a few times 2**-24 of length
             # 1; and of the norm's sum, d times 2**-24 of itself
             error[here] = (unit - step * whole).norm(dim=1) * 1.001 + 1e-6
         return cls(rows, codes, scale, error)

@@ -62,6 +62,8 @@ def _texts(tokens: np.ndarray, strength: Sequence[float], tokenizer: Any) -> lis
 
 
 def _decoded(ids: list[list[int]], tokenizer: Any) -> list[str]:
+    if not ids:  # of which transformers makes one text
+        return []
     return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
