@@ -17,7 +17,8 @@ from sae_persona.features.dictionary import Dictionary
 
 WEIGHTS = {"explanation": 10.0, "promoted": 4.0, "suppressed": 1.0, "tokens": 6.0, "contexts": 1.0}
 """Of each column in bm25."""
-RANKED = 16_384
+RANKED = 8192
+"""What bm25 does in ten milliseconds."""
 SYNTAX = 'words that must all occur, "a phrase", begin*, AND, OR, NOT, NEAR(a b), COLUMN: word'
 
 
