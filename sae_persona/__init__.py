@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from sae_persona.features.matching import match as match
     from sae_persona.features.measure import MeasureConfig as MeasureConfig
     from sae_persona.features.measure import measure as measure
+    from sae_persona.features.query import Query as Query
     from sae_persona.features.stats import LatentStats as LatentStats
-    from sae_persona.finding import Query as Query
     from sae_persona.finding import Search as Search
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
@@ -63,8 +63,9 @@ _HOMES = {
     "errors": ("SaePersonaError",),
     "features.matching": ("MatchConfig", "Matching", "match"),
     "features.measure": ("MeasureConfig", "measure"),
+    "features.query": ("Query",),
     "features.stats": ("LatentStats",),
-    "finding": ("Query", "Search"),
+    "finding": ("Search",),
     "report.page": ("write_report",),
     "runs": ("Run",),
     "sae.checkpoints": ("Checkpoints",),

@@ -9,8 +9,9 @@ from sae_persona.cli_options import AsJson, Device, Texts, say, show_result
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.features.matching import MatchConfig
 from sae_persona.features.measure import MeasureConfig
+from sae_persona.features.query import Hit, Order, Query, Range
 from sae_persona.features.vectors import read_vector
-from sae_persona.finding import Hit, Order, Query, Range, Search
+from sae_persona.finding import Search
 from sae_persona.flags import with_flags
 from sae_persona.pairing import match_stage
 

@@ -11,7 +11,8 @@ import torch
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
 from sae_persona.features.measure import Measurement
-from sae_persona.finding import Query, Search
+from sae_persona.features.query import Query
+from sae_persona.finding import Search
 from sae_persona.pipeline import mean_difference
 from sae_persona.runs import Run, write_text
 from sae_persona.sae.formats import load_sae

@@ -6,9 +6,9 @@ The features are made up: eight contexts of 25 words each, words by Zipf's law o
 context of a latent; an explanation of 12 words and 20 tokens beside. A text query is timed as a user meets it:
 `find_words` with a limit of 20 and what is shown of those 20. Decoder rows are Gaussian, the hardest case, since no
 neighbours stand out; they are held in memory, which takes the place of the page cache. Answers are compared with all
-cosines in fp64 before anything is timed. Beside the time on the clock stands that of the CPU (text: of its one
-thread; directions: of all together), which other work on the machine changes little. Appends a row to <out>/search_results.csv; needs 0.6 GB of disk in --folder
-for its duration.
+cosines in fp64 before anything is timed. Beside the time on the clock stands that of the CPU (text: of its one thread;
+directions: of all together), which other work on the machine changes less. Appends a row to <out>/search_results.csv;
+needs 0.6 GB of disk in --folder for its duration.
 """
 
 import argparse

@@ -123,8 +123,7 @@ class Matching:
         with reading_h5(path, "matching") as file:
             names = [one.name for one in fields(cls) if one.name != "n_tokens"]
             needed = {"nearest_ab", "cosine_ab", "nearest_ba", "cosine_ba"}
-            parts: dict[str, Any] = {}
-            parts |= {name: file[name][:] for name in names if name in file or name in needed}
+            parts = dict[str, Any]((name, file[name][:]) for name in names if name in file or name in needed)
             parts["n_tokens"] = int(file.attrs["n_tokens"])
         return cls(**parts)
 
