@@ -45,7 +45,7 @@ def search(
     words: Annotated[
         str | None,
         typer.Argument(
-            metavar="[WORDS]",
+            metavar="WORDS",
             help='Words of explanation, logits, tokens or contexts: all must occur; "a phrase", begin*, AND, OR, NOT, '
             "NEAR(a b), tokens: word.",
         ),

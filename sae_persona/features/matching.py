@@ -161,8 +161,8 @@ def match(a: SAE, b: SAE, *, acts: Iterable[Tensor] | None = None, config: Match
         found["n_tokens"] = pairs.n_tokens
     if config.one_to_one:
         found["assigned_ab"] = _assigned(ours, theirs)
-    parts = (near_ab[:, 0], cosine_ab[:, 0], near_ba, cosine_ba)
-    return Matching(*(part.cpu().numpy() for part in parts), **found)
+    found |= {"nearest_ab": near_ab[:, 0].cpu().numpy(), "cosine_ab": cosine_ab[:, 0].cpu().numpy()}
+    return Matching(nearest_ba=near_ba.cpu().numpy(), cosine_ba=cosine_ba.cpu().numpy(), **found)
 
 
 def nearest(a: Tensor, b: Tensor, k: int, block: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
