@@ -26,11 +26,16 @@ if TYPE_CHECKING:
     from sae_persona.features.explain import explain as explain
     from sae_persona.features.explainers import open_explainer as open_explainer
     from sae_persona.features.logit_lens import LogitLens as LogitLens
+    from sae_persona.features.matching import MatchConfig as MatchConfig
+    from sae_persona.features.matching import Matching as Matching
+    from sae_persona.features.matching import match as match
     from sae_persona.features.measure import MeasureConfig as MeasureConfig
     from sae_persona.features.measure import measure as measure
+    from sae_persona.features.query import Query as Query
     from sae_persona.features.scan import Scan as Scan
     from sae_persona.features.scan import ScanConfig as ScanConfig
     from sae_persona.features.stats import LatentStats as LatentStats
+    from sae_persona.finding import Search as Search
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
     from sae_persona.sae.checkpoints import Checkpoints as Checkpoints
@@ -84,7 +89,10 @@ _HOMES = {
     "features.logit_lens": ("LogitLens",),
     "features.measure": ("MeasureConfig", "measure"),
     "features.scan": ("Scan", "ScanConfig"),
+    "features.matching": ("MatchConfig", "Matching", "match"),
+    "features.query": ("Query",),
     "features.stats": ("LatentStats",),
+    "finding": ("Search",),
     "report.page": ("write_report",),
     "runs": ("Run",),
     "sae.checkpoints": ("Checkpoints",),

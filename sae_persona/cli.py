@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import cli_causal, cli_describe, cli_features, cli_training, pipeline
+from sae_persona import cli_causal, cli_describe, cli_features, cli_search, cli_training, pipeline
 from sae_persona.activations.lm import checked_device, load_lm
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
@@ -43,6 +43,7 @@ cli_training.add_to(app)
 cli_features.add_to(app)
 cli_causal.add_to(app)
 cli_describe.add_to(app)
+cli_search.add_to(app)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]

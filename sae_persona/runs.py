@@ -10,6 +10,7 @@
     RUN/examples.h5                pooled latents and activations of each labelled example
     RUN/descriptions.jsonl         tokens, scores and explanations of latents, one a line
     RUN/explanations.jsonl         every prompt put to an explainer and its answer
+    RUN/search.sqlite              latents by word, and RUN/directions.safetensors: made again when these change
     RUN/rankings/PERSONA.json      a Ranking
     RUN/screens/PERSONA.json       a Screen
     RUN/sweeps/NAME.json           a Sweep
@@ -265,6 +266,14 @@ class Run:
     @property
     def explanations(self) -> Path:
         return self.path / "explanations.jsonl"
+
+    @property
+    def search(self) -> Path:
+        return self.path / "search.sqlite"
+
+    @property
+    def directions(self) -> Path:
+        return self.path / "directions.safetensors"
 
     @property
     def report(self) -> Path:

@@ -12,7 +12,8 @@ from sae_persona import cli
 from sae_persona.lab import corpora
 from sae_persona.runs import Run
 
-COMMANDS = ["demo", "lab", "train", "measure", "describe", "rank", "show", "try", "sweep", "export", "report"]
+COMMANDS = ["demo", "lab", "train", "measure", "scan", "describe", "search", "match", "rank", "screen", "stability"]
+COMMANDS += ["show", "dead", "try", "sweep", "export", "report", "cache", "grid"]
 
 
 @pytest.fixture

@@ -126,15 +126,25 @@ def load_lm(
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore
             source, dtype=dtype, local_files_only=on_disk, trust_remote_code=False, output_loading_info=True
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, local_files_only=on_disk, trust_remote_code=False
-        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load {name} as a causal LM: {reason}") from error
+    tokenizer = load_tokenizer(name)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"the weights of {name} lack {len(missing)} tensors, the first {missing[0]}: fetch it again")
     return wrap_lm(model.to(device).requires_grad_(False), tokenizer, name=str(name), blocks=blocks)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of what ``load_lm`` takes, without its weights. ModelError if it is not there."""
+    import transformers
+
+    source, on_disk = _source(str(name))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=on_disk, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot load the tokenizer of {name}: {reason}") from error
 
 
 def wrap_lm(model: nn.Module, tokenizer: Any, *, name: str, blocks: str | None = None) -> LM:

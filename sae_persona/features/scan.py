@@ -210,12 +210,21 @@ class Scan:
         return scan
 
 
+def findings_file(run: Run) -> tuple[Path, str]:
+    """Where a run says what its latents do, and of which kind that file is: of a corpus, else of measured dialogues.
+
+    RunError if it has neither.
+    """
+    if run.scan.is_file():
+        return run.scan, KIND
+    run.stage("measure")
+    return run.latents, "latents"
+
+
 def findings(run: Run) -> Scan | Measurement:
     """What a run knows of its latents: of the corpus that was scanned or, if none was, of the measured dialogues.
 
     RunError if neither is there.
     """
-    if run.scan.is_file():
-        return Scan.load(run.scan)
-    run.stage("measure")
-    return Measurement.load(run)
+    path, kind = findings_file(run)
+    return Scan.load(path) if kind == KIND else Measurement.load(run)
