@@ -119,7 +119,7 @@ def test_examples_are_the_labelled_answers(lm, sae, measurement):
 
 
 def test_the_pre_answer_token_is_the_last_of_the_prompt_and_knows_nothing_of_the_answer(lm, sae):
-    pair = [chat(answer, {"pirate": 1}, id="x") for answer in ("ahoy", "good day")]
+    pair = [chat(answer, {"pirate": 1}, id=answer) for answer in ("ahoy", "good day")]
     pooled = measure(lm, HOOK, sae, pair, CONFIG).pooled
     np.testing.assert_allclose(*pooled.dense["pre"], atol=1e-5)
     assert np.abs(np.subtract(*pooled.dense["mean"])).max() > 1e-3
@@ -183,7 +183,7 @@ def test_goes_through_a_run_folder(measurement, tmp_path):
     assert torch.equal(again.stats.histogram, measurement.stats.histogram)
     assert again.contexts.of(0) == measurement.contexts.of(0)
     np.testing.assert_array_equal(again.pooled.labels, measurement.pooled.labels)
-    with pytest.raises(FormatError, match="holds latents format 1, wanted examples format 1"):
+    with pytest.raises(FormatError, match="holds latents format 2, wanted examples format 2"):
         type(again.pooled).load(run.latents)
 
 

@@ -82,5 +82,5 @@ def test_a_bad_file_is_one_line(tmp_path):
         Pooled.load(path)
     with h5py.File(path, "a") as file:
         file.attrs["format"] = 99
-    with pytest.raises(FormatError, match="format 99, wanted examples format 1"):
+    with pytest.raises(FormatError, match="format 99, wanted examples format 2"):
         Pooled.load(path)
