@@ -18,7 +18,7 @@ from sae_persona.attribution.labels import select
 from sae_persona.attribution.rank import RankConfig, rank
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import DataError, RunError
-from sae_persona.features.measure import MeasureConfig, Measurement, measure
+from sae_persona.features.measure import MeasureConfig, Measurement, check_measured, measure
 from sae_persona.features.pooled import Pooled
 from sae_persona.runs import Run
 from sae_persona.steering.answers import AnswerConfig, answer
@@ -117,11 +117,12 @@ def sweep_stage(
 ) -> Sweep:
     """Choose a latent and a strength for a persona, and measure them beside their controls."""
     with run.recording("sweep", persona=persona, config=asdict(config)) as facts:
-        found, ranking = found or Measurement.load(run), open_ranking(run, persona)
+        sae = open_sae(run, lm)
+        found, ranking = found or Measurement.load(run, sae), open_ranking(run, persona)
         chosen = candidates(ranking, n_candidates, latent)
         result = sweep(
             lm,
-            open_sae(run, lm),
+            sae,
             persona,
             candidates=chosen,
             matched=lambda latent: _random_latents(found, ranking, chosen, latent, config),
@@ -153,6 +154,7 @@ def export_stage(
     """Write an intervention with the evidence that the run has for its latents."""
     with run.recording("export", name=name):
         sae = open_sae(run, lm)
+        check_measured(run, sae)  # whose units and evidence go with the edits
         path = out or run.intervention(name)
         return export(path, lm, sae, list(edits), positions=positions, evidence=_evidence(run, edits))
 
@@ -214,7 +216,9 @@ def try_edits(
 ) -> list[tuple[str, str]]:
     """``n`` answers to a prompt before and after the edits, sampled with the same seed."""
     prompts = [prompt_tokens(lm, [{"role": "user", "content": prompt}])] * n
+    sae = open_sae(run, lm)
+    check_measured(run, sae)
     before = answer(lm, prompts, config)
-    with intervene(lm, open_sae(run, lm), edits, positions=positions):
+    with intervene(lm, sae, edits, positions=positions):
         after = answer(lm, prompts, config)
     return [(b.text, a.text) for b, a in zip(before, after, strict=True)]

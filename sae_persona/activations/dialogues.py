@@ -9,7 +9,7 @@ answer is marked likewise: its own tokens, and the one before them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from typing import Any, Self
 
@@ -74,6 +74,14 @@ class Dialogue:
             found["spans"] = read_spans(row["spans"], text, where)
         return cls(messages, split=split, text=text, unanswered=unanswered, **about, **found)
 
+    def to_row(self) -> dict[str, Any]:
+        """The row that ``from_row`` reads it from, as JSON values; what is not said is left out."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        row["messages"] = [message | _plain_spans(message.get("spans")) for message in self.messages]
+        row["spans"] = _plain_spans(self.spans).get("spans")
+        unsaid = {name for name, value in row.items() if value is None or (name != "text" and value in ("", [], False))}
+        return {name: value for name, value in row.items() if name not in unsaid}
+
     def marks(self) -> Iterator[Mark]:
         """Every answer in turn, each followed by its labelled spans; labelled or not."""
         own: dict[str, Any] = {"labels": self.labels, "weights": self.weights}
@@ -94,6 +102,10 @@ class Dialogue:
 def default_split(name: str) -> str:
     """The split of a dialogue that says none, by its id: half and half, the same one every time."""
     return "held_out" if sha256(name.encode("utf-8", "surrogatepass")).digest()[0] % 2 else "train"
+
+
+def _plain_spans(spans: Sequence[Span] | None) -> dict[str, Any]:
+    return {"spans": [{k: v for k, v in asdict(span).items() if v is not None} for span in spans]} if spans else {}
 
 
 def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -20,8 +20,10 @@ ABOUT = ("id", "template", "domain", "author", "split")
 SKIPPED = "#"
 
 
-def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def csv_rows(path: Path, *, said: bool = True) -> Iterator[tuple[str, Any]]:
     """Rows with where each stands. A row without labels is a plain text.
+
+    said   the file has the texts, not labels alone
 
     DataError for a header without texts or with a name twice and, with the line, for a row of another width, an empty
     answer, or a label that is not a number.
@@ -30,29 +32,29 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
-            _check(header, path)
+            _check(header, path, said)
             for cells in reader:
                 if any(cell.strip() for cell in cells):
                     where = f"{path}:{reader.line_num}"
-                    yield where, _row(header, cells, where)
+                    yield where, _row(header, cells, where, said)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num} is not CSV: {error}") from error
 
 
-def _check(header: list[str], path: Path) -> None:
+def _check(header: list[str], path: Path, said: bool) -> None:
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path} has two columns named {twice[0]!r}: rename one")
-    if "text" not in header and not {"prompt", "answer"} <= set(header):
+    if said and "text" not in header and not {"prompt", "answer"} <= set(header):
         raise DataError(f"{path} has columns {', '.join(header) or 'none'}: it needs text, or prompt and answer")
 
 
-def _row(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
+def _row(header: list[str], cells: list[str], where: str, said: bool) -> dict[str, Any]:
     if len(cells) != len(header):
         raise DataError(f"{where} has {len(cells)} cells, the header {len(header)}: quote cells with commas in them")
     given = {name: cell for name, cell in zip(header, cells, strict=True) if not name.startswith(SKIPPED)}
-    row: dict[str, Any] = _said(given, where)
+    row: dict[str, Any] = _said(given, where) if said else {}
     row |= {name: given[name] for name in ABOUT if given.get(name)}
     parts: dict[str, dict[str, float]] = {"label": {}, "weight": {}, "covariate": {}}
     for column, cell in given.items():

@@ -28,7 +28,7 @@ class Texts:
     every: int = 1
 
     def __iter__(self) -> Iterator[str | Dialogue]:
-        for where, row in islice(_rows(self.source), self.first, None, self.every):
+        for where, row in islice(read_rows(self.source), self.first, None, self.every):
             yield _text(row, where, self.field)
 
     def share(self, rank: int, world: int) -> "Texts":
@@ -81,8 +81,8 @@ def _text(row: Any, where: str, field: str) -> str | Dialogue:
     return row[field]
 
 
-def _rows(source: Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Each row, with where it stands in words."""
+def read_rows(source: Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Each row as it stands, with where that is in words. DataError as in ``read_texts``."""
     if isinstance(source, _Published):
         return source.rows()
     if not isinstance(source, Path):

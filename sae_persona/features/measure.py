@@ -88,6 +88,12 @@ class Measurement:
         return cls(stats, contexts, pooled, sae=measured)
 
 
+def check_measured(run: Run, sae: SAE) -> None:
+    """DataError if the run was measured with another SAE; FormatError as in ``Measurement.load``."""
+    with reading_h5(run.latents, "latents") as file:
+        check_fingerprint(file.attrs["sae"], sae)
+
+
 @torch.no_grad()
 def measure(lm: LM, hook: HookPoint, sae: SAE, texts: Source, config: MeasureConfig | None = None) -> Measurement:
     """Run the language model and the SAE over ``texts`` (whatever ``read_texts`` takes) once.
