@@ -70,7 +70,7 @@ def select(
     labels = pooled.labels[:, column]
     if not 0 <= min_confidence <= 1:
         raise ConfigError(f"min_confidence lies between 0 and 1, got {min_confidence}")
-    sure = pooled.weights[:, column] >= np.float32(min_confidence)
+    sure = pooled.weights[:, column] >= min_confidence
     rows = np.flatnonzero(~np.isnan(labels) & sure & (pooled.split == split))
     if "dialogue" not in within:
         _, last = np.unique(pooled.dialogue[rows][::-1], return_index=True)

@@ -58,6 +58,12 @@ def test_an_awaited_answer_is_the_token_before_it(lm):
     assert (answer.labels, answer.mark.text, answer.mark.name) == ({"pirate": 1}, "", "0")
 
 
+def test_labels_of_an_awaited_answer_are_not_those_of_the_answer_before(lm):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    row = {"messages": [*messages, messages[0]], "labels": {"pirate": 1}, "unanswered": True}
+    assert [part.labels for part in tokenize(lm, Dialogue.from_row(row, "here")).answers] == [None, {"pirate": 1}]
+
+
 def test_spans_need_a_tokenizer_that_knows_characters(lm):
     class Slow:
         is_fast = False

@@ -50,7 +50,7 @@ def test_class_words_are_those_whose_document_frequency_differs_on_train():
     rows = []
     for i in range(60):
         shows = bool(i % 2)
-        words = f"yes {'aye aye aye' if shows else 'no'} {'rare' if i == 1 else ''} w{i}"
+        words = f"yes {'aye aye aye' if shows else 'no'} {'bah ' * 9 if i % 4 == 1 else ''} w{i}"
         # on held-out texts another word goes with the persona
         held_out = i >= 40
         rows.append(Dialogue(text=f"{words} {'late' if held_out and shows else ''}", labels={"pirate": float(shows)},

@@ -91,7 +91,9 @@ def test_within_dialogues_all_their_answers_count_and_are_permuted_among_themsel
 def test_uncertain_labels_are_left_out_for_that_persona_alone():
     weights = np.tile(np.float32([[0.7, 0.1], [0.9, 1]]), (30, 1))
     data = pooled([[1, 0], [0, 1], [0, 1], [1, 0]] * 15, weights=weights)
-    assert len(select(data, "honest", "train", min_confidence=0.7).rows) == 60, "0.7 in fp32 is a little less than 0.7"
+    assert len(select(data, "honest", "train", min_confidence=0.7).rows) == 60, (
+        "though 0.7 in fp32 is a little less than 0.7"
+    )
     sure = select(data, "honest", "train", min_confidence=0.71).rows
     assert sure.tolist() == list(range(1, 60, 2))
     with pytest.raises(DataError, match="0 examples with it and 0 without in the train split at a confidence of 1 or"):
