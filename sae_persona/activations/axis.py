@@ -25,8 +25,9 @@ def axis_rows(path: Path) -> Iterator[tuple[str, Any]]:
     what is not of this format, and for a role without a ``default.json``.
     """
     paths = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    files = [file for file in paths if file.stem != DEFAULT and (not path.is_dir() or file.parent.name == "instructions"
-             or file.parent == path)]  # fmt: skip
+    # lists of names lie beside the folders of instructions
+    inside = [file for file in paths if file.parent.name == "instructions"] or paths
+    files = [file for file in inside if file.stem != DEFAULT]
     if not files or not path.exists():
         raise DataError(f"no instructions at {path}: give a folder of assistant-axis with instructions/*.json in it")
     for file in files:

@@ -44,6 +44,9 @@ def test_every_prompt_asks_every_question_and_awaits_its_answer(folder):
 
 def test_one_file_alone(folder):
     assert len(list(read_texts(f"axis:{folder / 'traits/instructions/blunt.json'}"))) == 8
+    assert len(list(read_texts(f"axis:{folder / 'roles'}"))) == 3, "the list of roles is passed over"
+    loose = (folder / "traits/instructions").rename(folder / "loose")
+    assert len(list(read_texts(f"axis:{loose}"))) == 8
 
 
 @pytest.mark.parametrize(
