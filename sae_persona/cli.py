@@ -12,11 +12,10 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import cli_causal, cli_describe, cli_features, cli_search, cli_training, pipeline
-from sae_persona.activations.lm import checked_device, load_lm
-from sae_persona.attribution.rank import RankConfig
+from sae_persona import cli_attribution, cli_describe, cli_features, cli_labels, cli_search, cli_training, pipeline
+from sae_persona.activations.lm import load_lm
 from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
-from sae_persona.errors import ConfigError, RunError, SaePersonaError
+from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.features.scan import findings
 from sae_persona.flags import with_flags
@@ -39,11 +38,8 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-cli_training.add_to(app)
-cli_features.add_to(app)
-cli_causal.add_to(app)
-cli_describe.add_to(app)
-cli_search.add_to(app)
+for part in (cli_training, cli_features, cli_labels, cli_attribution, cli_describe, cli_search):
+    part.add_to(app)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
@@ -149,37 +145,6 @@ def measure(
         say(f"{found.dropped} labelled answers begin beyond {read['context_size']} tokens: raise --context-size")
     personas = ", ".join(found.pooled.personas)
     typer.echo(f"{found.stats.n_tokens} tokens, {len(found.pooled.ids)} labelled answers; personas: {personas}")
-
-
-@app.command()
-@with_flags(config=RankConfig)
-def rank(
-    run: RunPath,
-    config: RankConfig,
-    persona: Annotated[
-        list[str] | None, typer.Argument(metavar="PERSONA...", help="Personas that the measured labels name.")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every persona that is labelled.")] = False,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Rank the latents by how well they tell a persona; test the order and repeat it on held-out answers.
-
-    Several personas are ranked in one pass. Exit status 1 if no latent tells any of them better than chance.
-    """
-    if every == bool(persona):
-        raise ConfigError("name the personas to rank, or pass --all, and not both")
-    rankings = pipeline.rank_all_stage(
-        Run.open(run), None if every else persona, config=config, device=checked_device(device)
-    )
-    found = list(rankings.values())
-    values = [ranking.to_json() for ranking in found]
-    show_result("\n\n".join(map(str, found)), values if every or len(found) > 1 else values[0], as_json)
-    beaten = [ranking.persona for ranking in found if ranking[0].p_max_t > 0.05]
-    if beaten:
-        say(f"no latent tells {', '.join(beaten)} better than chance at 5 % (max-T)")
-    if len(beaten) == len(found):
-        raise typer.Exit(1)
 
 
 @app.command()

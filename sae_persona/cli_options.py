@@ -6,7 +6,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-Texts = "a .txt (a text a line), .jsonl or .parquet file, a folder of such, a data set on disk, or hub:ORG/NAME[:SPLIT]"
+Texts = (
+    "a .txt (a text a line), .jsonl, .parquet or .csv file, a folder of such, a data set on disk, "
+    "hub:ORG/NAME[:SPLIT], evals:PATH[:answers] or axis:PATH"
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is at --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]

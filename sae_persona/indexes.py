@@ -18,7 +18,8 @@ from torch import Tensor
 from sae_persona.activations.lm import load_tokenizer
 from sae_persona.errors import DataError, FormatError
 from sae_persona.features.contexts import TopContexts
-from sae_persona.features.dictionary import Dictionary, read_descriptions, write_dictionary
+from sae_persona.features.descriptions import Descriptions
+from sae_persona.features.dictionary import Dictionary, write_dictionary
 from sae_persona.features.directions import Directions, directions_facts
 from sae_persona.features.files import reading_h5
 from sae_persona.features.readable import readable
@@ -50,7 +51,9 @@ def open_dictionary(run: Run, say: Say) -> Dictionary:
         stamps = {name: _stamp(path) for name, path in inputs.items()}  # before they are read
         with reading_h5(path, kind) as file:
             stats, contexts = LatentStats.from_h5(file["stats"]), TopContexts.from_h5(file["contexts"])
-        descriptions = read_descriptions(run.descriptions, stats.n_latents)
+        descriptions = Descriptions.load(run) if run.descriptions.is_file() else {}
+        if unknown := [latent for latent in descriptions if not 0 <= latent < stats.n_latents]:
+            raise DataError(f"{run.descriptions} describes latent {unknown[0]}, there are {stats.n_latents}")
         texts = readable(contexts, load_tokenizer(model["name"]))
         write_dictionary(run.search, stats, texts, descriptions, {**stamps, "model": model})
     return Dictionary.open(run.search)

@@ -4,7 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from sae_persona.activations.lm import LM
 from sae_persona.activations.texts import read_texts
 from sae_persona.attribution.baselines import difference_of_means
 from sae_persona.attribution.causal import ScreenConfig, screen
+from sae_persona.attribution.confounds import WordConfig
+from sae_persona.attribution.confounds import covariates as made_covariates
 from sae_persona.attribution.contrasts import Contrast, contrasts_of, read_contrasts
 from sae_persona.attribution.labels import select
 from sae_persona.attribution.partial import Covariates
@@ -24,7 +26,8 @@ from sae_persona.attribution.ranking import Ranking
 from sae_persona.attribution.screens import Screen
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
 from sae_persona.features.corpus import scan
-from sae_persona.features.measure import MeasureConfig, Measurement, measure
+from sae_persona.features.descriptions import Descriptions
+from sae_persona.features.measure import MeasureConfig, Measurement, check_measured, measure
 from sae_persona.features.pooled import Pooled
 from sae_persona.features.scan import Scan, ScanConfig, Share
 from sae_persona.runs import Run, file_hash
@@ -116,13 +119,20 @@ def rank_all_stage(
     config: RankConfig,
     found: Measurement | None = None,
     covariates: Covariates | None = None,
+    words: WordConfig | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Ranking]:
-    """Rank all latents for each persona, None for every one that is labelled. Nothing is written if one cannot be."""
+    """Rank all latents for each persona, None for every one that is labelled. Nothing is written if one cannot be.
+
+    covariates   what ``config.given`` picks from; None: made of the measured examples, with the personas' ``words``
+    """
     run.stage("measure")
     start = time.perf_counter()
     found = found or Measurement.load(run)
     personas = found.pooled.personas if personas is None else personas
+    if config.given and covariates is None:
+        covariates = made_covariates(found.pooled, config.given, personas=personas, words=words)
+        config = replace(config, given=covariates.names)
     rankings = rank_all(found.pooled, found.stats, personas, config, covariates=covariates, device=device)
     # each gets its share of the one pass
     shared = {"seconds": round((time.perf_counter() - start) / len(rankings), 3), "together": len(rankings)}
@@ -157,11 +167,20 @@ def screen_stage(
     with run.recording("screen", persona=persona, config=asdict(config), pairs=input_facts(pairs or [])):
         contrasts = measured_contrasts(run, persona) if pairs is None else read_contrasts(pairs)
         found = found or Measurement.load(run)
+        output_scores = _output_scores(run) if output_scores is None else output_scores
         made = screen(
             lm, open_sae(run, lm), ranking, contrasts, config, units=found.stats.p999, output_scores=output_scores
         )
         made.save(run.screen(persona))
     return made
+
+
+def _output_scores(run: Run) -> dict[int, float]:
+    """Of the latents that were described."""
+    if not run.descriptions.is_file():
+        return {}
+    described = Descriptions.load(run)
+    return {latent: one.output_score for latent, one in described.items() if one.output_score is not None}
 
 
 def measured_contrasts(run: Run, persona: str) -> list[Contrast]:
@@ -209,7 +228,7 @@ def matched_latents(rates: np.ndarray, taken: Iterable[int], latent: int, n: int
 
 def mean_difference(pooled: Pooled, persona: str, pool: str) -> torch.Tensor:
     """Difference of means on the train split, at the token that the ranking looked at: [d_in] fp32."""
-    chosen = select(pooled, persona, "train")
+    chosen = select(pooled, persona, "train", within=(), force=True)
     x = pooled.dense["pre" if pool == "pre" else "mean"][chosen.rows]
     return torch.from_numpy(difference_of_means(x, chosen.y)).float()
 
@@ -231,11 +250,12 @@ def sweep_stage(
 ) -> Sweep:
     """Choose a latent and a strength for a persona, and measure them beside their controls."""
     with run.recording("sweep", persona=persona, config=asdict(config)) as facts:
-        found, ranking = found or Measurement.load(run), open_ranking(run, persona)
+        sae = open_sae(run, lm)
+        found, ranking = found or Measurement.load(run, sae), open_ranking(run, persona)
         chosen = candidates(ranking, n_candidates, latent)
         result = sweep(
             lm,
-            open_sae(run, lm),
+            sae,
             persona,
             candidates=chosen,
             matched=lambda latent: _random_latents(found, ranking, chosen, latent, config),
@@ -267,6 +287,7 @@ def export_stage(
     """Write an intervention with the evidence that the run has for its latents."""
     with run.recording("export", name=name):
         sae = open_sae(run, lm)
+        check_measured(run, sae)  # whose units and evidence go with the edits
         path = out or run.intervention(name)
         return export(path, lm, sae, list(edits), positions=positions, evidence=_evidence(run, edits))
 
@@ -328,7 +349,9 @@ def try_edits(
 ) -> list[tuple[str, str]]:
     """``n`` answers to a prompt before and after the edits, sampled with the same seed."""
     prompts = [prompt_tokens(lm, [{"role": "user", "content": prompt}])] * n
+    sae = open_sae(run, lm)
+    check_measured(run, sae)
     before = answer(lm, prompts, config)
-    with intervene(lm, open_sae(run, lm), edits, positions=positions):
+    with intervene(lm, sae, edits, positions=positions):
         after = answer(lm, prompts, config)
     return [(b.text, a.text) for b, a in zip(before, after, strict=True)]

@@ -14,7 +14,7 @@ from sae_persona.activations.sequences import sequences
 from sae_persona.activations.shuffle import Chunk
 from sae_persona.activations.store import FromStore, Store, Writer
 from sae_persona.activations.stream import FromModel, Stream, StreamConfig, layout_for, streams
-from sae_persona.activations.texts import Texts, read_texts
+from sae_persona.activations.texts import Texts, path_of, read_texts
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
 from sae_persona.runs import Run, file_hash, write_json
 from sae_persona.sae.checkpoints import Checkpoints
@@ -74,7 +74,7 @@ def open_sae(run: Run, lm: LM) -> SAE:
 def input_facts(source: Source) -> dict[str, Any]:
     """What the manifest says of a stage's texts: a file's name and hash, or that they came from memory."""
     if isinstance(source, str | Path):
-        path = Path(source)
+        path = path_of(source)
         whole = path / "store.json" if Store.is_at(path) else path  # a store's record has the sums of its shards
         return {"path": str(source), "sha256": file_hash(whole) if path.exists() else None}
     return {"path": None, "sha256": None}

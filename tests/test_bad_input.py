@@ -227,3 +227,13 @@ def test_answers_beyond_the_context_are_counted_aloud(run, tmp_path):
 
 def test_nothing_here_needs_a_gpu():
     assert not torch.cuda.is_initialized()
+
+
+def test_an_sae_that_is_not_the_measured_one(refused, run, tmp_path):
+    sae = load_sae(run.sae)
+    save_sae(SAE(sae.w_enc, sae.b_enc + 1, sae.w_dec, sae.b_dec, sae.rule, sae.metadata), run.sae)
+    refused(
+        "these statistics are of another SAE", "export", run.path, "--out", tmp_path / "x.json", "--edit", "ablate:1"
+    )
+    refused("these statistics are of another SAE", "try", run.path, "what do you want ?", "--edit", "ablate:1")
+    assert not (tmp_path / "x.json").exists()

@@ -177,7 +177,7 @@ def test_several_personas_are_ranked_at_once(call, run):
         (("formal", "--all"), "name the personas to rank, or pass --all, and not both"),
         (("formal", "formal"), "'formal' is named twice"),
         (("formal", "formall"), "no example is labelled 'formall'"),
-        (("formal", "--given", "length"), "given length, but no covariates came"),
+        (("formal", "--given", "lenght"), "no covariate is named 'lenght'"),
         (("formal", "--device", "cuda:99"), "CUDA devices here"),
     ):
         code, shown, err = call("rank", run.path, *wrong)

@@ -10,11 +10,12 @@ import torch
 
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
+from sae_persona.features.descriptions import Description, Descriptions
 from sae_persona.features.measure import Measurement
 from sae_persona.features.query import Query
 from sae_persona.finding import Search
 from sae_persona.pipeline import mean_difference
-from sae_persona.runs import Run, write_text
+from sae_persona.runs import Run
 from sae_persona.sae.formats import load_sae
 
 
@@ -150,9 +151,8 @@ def test_indexes_are_made_once_and_again_when_their_inputs_change(demo_run, tmp_
     assert "search.sqlite: there is none yet" in heard(words="zebra")[1]
     assert "directions.safetensors: there is none yet" in heard(like=1)[1]
     assert heard(words="zebra", like=1) == ([], "")
-    header = {"kind": "descriptions", "format": 1}
-    about = {"latent": 7, "explanation": "a zebra's stripes", "promoted": [[" zoo", 1.0]], "suppressed": []}
-    write_text(run.descriptions, json.dumps(header) + "\n" + json.dumps(about) + "\n")
+    about = Description(latent=7, explanation="a zebra's stripes", promoted=((" zoo", 1.0),))
+    Descriptions("", {7: about}).save(run)
     hits, told = heard(words="zebra")
     assert "descriptions changed" in told
     assert [(hit.latent, hit.entry.explanation, hit.entry.promoted) for hit in hits] == [

@@ -8,26 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search")
 STAGES = [
     *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering"),
     *("training", "pipeline", "describing", "indexes", "finding", "pairing", "report", "demo", "flags"),
-    *("cli_options", "cli_training", "cli_features", "cli_causal", "cli_describe", "cli_search", "cli", "__main__"),
+    *(f"cli_{part}" for part in COMMANDS),
+    *("cli", "__main__"),
 ]
 ONLY_IN = {
     "triton": {"sae_kernels"},
     "transformers": {"lab", "activations", "steering"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
-    "typer": {
-        "flags",
-        "cli_options",
-        "cli_training",
-        "cli_features",
-        "cli_causal",
-        "cli_describe",
-        "cli_search",
-        "cli",
-    },
+    "typer": {"flags", "cli", *(f"cli_{part}" for part in COMMANDS)},
 }
 FILES = sorted([*(ROOT / "sae_persona").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 KERNELS_MAY = {"torch", "triton", "sae_kernels", "einops", *sys.stdlib_module_names}

@@ -7,10 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sae_persona.activations.axis import axis_rows
 from sae_persona.activations.dialogues import Dialogue
+from sae_persona.activations.evals import FORMS, evals_rows
+from sae_persona.activations.table import csv_rows
 from sae_persona.errors import DataError
 
-HUB = "hub:"
+HUB, EVALS, AXIS = "hub:", "evals:", "axis:"
+LABELLED = ("labels", "spans")
+"""Fields that make a row with a text a Dialogue."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +28,7 @@ class Texts:
     every: int = 1
 
     def __iter__(self) -> Iterator[str | Dialogue]:
-        for where, row in islice(_rows(self.source), self.first, None, self.every):
+        for where, row in islice(read_rows(self.source), self.first, None, self.every):
             yield _text(row, where, self.field)
 
     def share(self, rank: int, world: int) -> "Texts":
@@ -38,10 +43,12 @@ class Texts:
 def read_texts(source: str | Path | Iterable[Any] | Texts, *, field: str = "text") -> Texts:
     """Texts of ``source``, read as they are asked for; the first one is read now.
 
-    source   .txt (a text a line; blank lines are skipped), .jsonl, .parquet, a folder of such files, one written by
-             ``datasets.Dataset.save_to_disk``, hub:ORG/NAME or hub:ORG/NAME:SPLIT, which is streamed from the Hugging
-             Face hub, or an iterable of str, Dialogue or rows. A generator is read whole
-    field    the field of a row that holds the text. Rows with ``messages`` or ``labels`` become a Dialogue
+    source   .txt (a text a line; blank lines are skipped), .jsonl, .parquet, .csv (see `table.py`), a folder of such
+             files, one written by ``datasets.Dataset.save_to_disk``, hub:ORG/NAME or hub:ORG/NAME:SPLIT, which is
+             streamed from the Hugging Face hub, evals:PATH or evals:PATH:answers (anthropics/evals, see `evals.py`),
+             axis:PATH (assistant-axis, see `axis.py`), or an iterable of str, Dialogue or rows. A generator is read
+             whole
+    field    the field of a row that holds the text. Rows with ``messages``, ``labels`` or ``spans`` become a Dialogue
 
     DataError for a source that is missing, empty or of another kind, and, with the line, for a row that is not right.
     """
@@ -49,6 +56,8 @@ def read_texts(source: str | Path | Iterable[Any] | Texts, *, field: str = "text
         return source
     if isinstance(source, str | Path) and str(source).startswith(HUB):
         source = _Hub(*str(source).removeprefix(HUB).split(":", 1))
+    elif isinstance(source, str | Path) and str(source).startswith((EVALS, AXIS)):
+        source = _Published(*_published(str(source)))
     elif isinstance(source, str | Path):
         source = Path(source).expanduser()
     elif isinstance(source, Iterator):
@@ -71,13 +80,15 @@ def _text(row: Any, where: str, field: str) -> str | Dialogue:
             f"{where} has no text in field {field!r}: its fields are {', '.join(row)}. "
             "Rename it to text, or pass field=NAME to read_texts."
         )
-    if row.get("labels") is not None:
+    if any(row.get(name) is not None for name in LABELLED):
         return Dialogue.from_row({**row, "text": row[field]}, where)
     return row[field]
 
 
-def _rows(source: Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Each row, with where it stands in words."""
+def read_rows(source: Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Each row as it stands, with where that is in words. DataError as in ``read_texts``."""
+    if isinstance(source, _Published):
+        return source.rows()
     if not isinstance(source, Path):
         return ((f"text {i}", row) for i, row in enumerate(source))
     if not source.exists():
@@ -105,6 +116,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+        except (RecursionError, ValueError) as error:  # brackets or digits by the thousand
+            raise DataError(f"{where} is not JSON: {str(error).splitlines()[0]}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -120,7 +133,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} is not a parquet file: {error}") from error
 
 
-READERS = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+READERS = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows, ".csv": csv_rows}
 
 
 def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -153,6 +166,39 @@ class _Hub:
 
     def __str__(self) -> str:
         return f"{HUB}{self.name}:{self.split}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Published:
+    """Published persona labels in their own format: a kind, where they are, and in which form they are read."""
+
+    kind: str
+    path: Path
+    form: str = FORMS[0]
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        return axis_rows(self.path) if self.kind == AXIS else evals_rows(self.path, self.form, _json_rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row for _, row in self.rows())
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.path}"
+
+
+def _published(source: str) -> tuple[str, Path, str]:
+    """Kind, path and form of ``evals:PATH``, ``evals:PATH:FORM`` or ``axis:PATH``."""
+    kind = next(kind for kind in (EVALS, AXIS) if source.startswith(kind))
+    path, _, form = source.removeprefix(kind).rpartition(":")
+    if kind == AXIS or form not in FORMS:
+        path, form = source.removeprefix(kind), FORMS[0]
+    return kind, Path(path).expanduser(), form
+
+
+def path_of(source: str | Path) -> Path:
+    """The file or folder that a source names; for the hub one that is not there."""
+    source = str(source)
+    return _published(source)[1] if source.startswith((EVALS, AXIS)) else Path(source).expanduser()
 
 
 def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:

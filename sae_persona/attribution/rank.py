@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from sae_persona.attribution.association import Association, Interval, associate, aurocs
-from sae_persona.attribution.baselines import dense_baselines, random_latents
+from sae_persona.attribution.baselines import dense_baselines, random_directions, random_latents
 from sae_persona.attribution.consistency import Consistency, consistency
-from sae_persona.attribution.labels import Within
+from sae_persona.attribution.hard_negatives import FEWEST_HARD, hard_negatives
+from sae_persona.attribution.labels import WITHIN, Within
 from sae_persona.attribution.midranks import SortedColumns
 from sae_persona.attribution.null import Null, permutation_null, rank_statistics
 from sae_persona.attribution.partial import Covariates
@@ -44,8 +45,13 @@ class RankConfig:
     """Rows that the ranking keeps."""
     matched: int = 100
     """Random latents, the nearest in firing rate to the best one."""
-    probe_c: float = 0.1
-    """Inverse L2 penalty of the logistic probe, on standardised inputs (scikit-learn's C)."""
+    probe_c: float | None = None
+    """Inverse L2 penalty of the logistic probe, on standardised inputs (scikit-learn's C); by default cross-validated
+    on the train split, whole templates left out."""
+    min_confidence: float = 0.0
+    """Examples whose label is less certain are left out; from 0 to 1."""
+    force: bool = False
+    """Rank with fewer than ten examples of a class, too, and say so in the table."""
     seed: int = 0
     """Seed of the permutations."""
 
@@ -54,15 +60,17 @@ class RankConfig:
             raise ConfigError(f"pool is one of {', '.join(POOLS)}, got {self.pool!r}")
         if self.by not in ("rank", "activation"):
             raise ConfigError(f"by is rank or activation, got {self.by!r}")
-        if unknown := set(self.within) - {"template", "domain", "author"}:
-            raise ConfigError(f"within takes template, domain and author, got {', '.join(sorted(unknown))}")
+        if unknown := set(self.within) - set(WITHIN):
+            raise ConfigError(f"within takes {', '.join(WITHIN)}, got {', '.join(sorted(unknown))}")
         if min(self.permutations, self.top, self.matched) < 1:
             raise ConfigError(
                 f"permutations, top and matched are at least 1, got {self.permutations}, {self.top}, {self.matched}"
             )
         if not 0 <= self.min_rate <= 1:
             raise ConfigError(f"min_rate lies between 0 and 1, got {self.min_rate}")
-        if not self.probe_c > 0:
+        if not 0 <= self.min_confidence <= 1:
+            raise ConfigError(f"min_confidence lies between 0 and 1, got {self.min_confidence}")
+        if self.probe_c is not None and not self.probe_c > 0:
             raise ConfigError(f"probe_c is above 0, got {self.probe_c}")
 
 
@@ -108,7 +116,7 @@ def rank_all(
     known = _known(pooled, covariates, config)
     groups: dict[tuple[bytes, ...], list[Labelled]] = {}
     for persona in personas:
-        labelled = Labelled.of(pooled, persona, config.within)
+        labelled = Labelled.of(pooled, persona, config.within, min_confidence=config.min_confidence, force=config.force)
         groups.setdefault(labelled.examples, []).append(labelled)
     columns = SortedColumns.of(pooled.pools[config.pool], device)
     found: dict[str, Ranking] = {}
@@ -168,6 +176,8 @@ class _Group:
         direction = np.where(null.z < 0, -1.0, 1.0)
         order = np.argsort(-np.abs(null.z), kind="stable")
         oriented = np.where(direction > 0, held_out_auroc, 1 - held_out_auroc)
+        dense = self.pooled.dense["pre" if config.pool == "pre" else "mean"]
+        train, held_out = labelled.train, labelled.held_out
         return Ranking(
             persona=labelled.persona,
             config=asdict(config) | {"within": list(config.within), "given": list(config.given)},
@@ -177,11 +187,26 @@ class _Group:
             n_tested=len(self.tested),
             rows=self._rows(i, order[: config.top], null, alone, direction),
             dense=dense_baselines(
-                self.pooled.dense["pre" if config.pool == "pre" else "mean"],
-                labelled.train, labelled.held_out, probe_c=config.probe_c, **self.settings,
+                dense, train, held_out, probe_c=config.probe_c, groups=self._templates(train.rows), **self.settings
             ),
             random=random_latents(self.rates[self.tested], oriented, int(order[0]), config.matched),
-        )  # fmt: skip
+            random_directions=random_directions(dense, train, held_out, seed=config.seed),
+            hard=self._against_hard_negatives(i, order[: config.top]),
+            warnings=tuple(one.warning for one in (train, held_out) if one.warning),
+        )
+
+    def _templates(self, rows: np.ndarray) -> np.ndarray:
+        """What cross-validation leaves out whole, a number an example."""
+        return np.unique(self.pooled.template[rows], return_inverse=True)[1]
+
+    def _against_hard_negatives(self, i: int, top: np.ndarray) -> dict[int, Interval]:
+        """Held-out AUROC of the top latents against the hard negatives alone; of none where there are none."""
+        held_out = self.labelled[i].held_out
+        if (self.pooled.hard[held_out.rows] & ~held_out.y).sum() < FEWEST_HARD:
+            return {}
+        latents = self.tested[top]
+        found = hard_negatives(self.pooled.pools[self.config.pool][:, latents], self.pooled, held_out)
+        return {int(latent): found.hard.at(place) for place, latent in enumerate(latents)}
 
     def _rows(
         self, i: int, top: np.ndarray, null: Null, alone: np.ndarray, direction: np.ndarray

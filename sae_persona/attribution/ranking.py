@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, overload
 
 from sae_persona.attribution.association import Interval
-from sae_persona.attribution.baselines import DenseBaseline, RandomLatents
+from sae_persona.attribution.baselines import DenseBaseline, RandomDirections, RandomLatents
+from sae_persona.attribution.tables import aligned, shown, to_json
 from sae_persona.errors import FormatError
 from sae_persona.runs import read_json, write_json
 
@@ -72,6 +73,11 @@ class Ranking(Sequence[RankedLatent]):
     rows: tuple[RankedLatent, ...]
     dense: tuple[DenseBaseline, ...]
     random: RandomLatents
+    random_directions: RandomDirections = field(default_factory=lambda: RandomDirections(0, math.nan, math.nan))
+    hard: dict[int, Interval] = field(default_factory=dict)
+    """Latent -> AUROC on held-out positives against the hard negatives alone, where there are any."""
+    warnings: tuple[str, ...] = ()
+    """What whoever reads the table has to know."""
 
     @overload
     def __getitem__(self, index: int) -> RankedLatent: ...
@@ -101,19 +107,26 @@ class Ranking(Sequence[RankedLatent]):
         given = config.get("given") or ()
         if given:
             title += f"; given {', '.join(given)}"
+        title = "\n".join([title, *(f"warning: {warning}" for warning in self.warnings)])
         heads = ["latent", "z", "p max-T", "q BH", "AUROC train", "AUROC held-out", "p held-out"]
         heads += [*(("z alone", "partial r") if given else ("r",)), "mean diff", "d", "templates", "fires", "p99.9"]
         cells = [[str(row.latent), *_cells(row, bool(given))] for row in self.rows[:n]]
+        if self.hard:
+            heads.append("AUROC hard negatives")
+            cells = [[*row, shown(self.hard[int(row[0])])] for row in cells]
         for base in self.dense:
-            auroc, repeated = _interval(base.auroc), _interval(base.held_out_auroc)
-            cells.append([base.name, "", "", "", auroc, repeated, f"{base.held_out_p:.3g}"])
-        found = f"mean {self.random.mean:.3f}, p95 {self.random.p95:.3f}"
-        cells.append([f"{self.random.n} random latents", "", "", "", "", found])
-        return "\n".join([title, "", *_aligned([heads, *cells])])
+            auroc, repeated = shown(base.auroc), shown(base.held_out_auroc)
+            name = f"{base.name} ({base.note})" if base.note else base.name
+            cells.append([name, "", "", "", auroc, repeated, f"{base.held_out_p:.3g}"])
+        for what, drawn in (("latents", self.random), ("directions", self.random_directions)):
+            if drawn.n:
+                found = f"mean {drawn.mean:.3f}, p95 {drawn.p95:.3f}"
+                cells.append([f"{drawn.n} random {what}", "", "", "", "", found])
+        return "\n".join([title, "", *aligned([heads, *cells])])
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with a format number; null stands for what is not a finite number."""
-        return {"format": FORMAT, **_plain({field.name: getattr(self, field.name) for field in fields(self)})}
+        return {"format": FORMAT, **to_json({field.name: getattr(self, field.name) for field in fields(self)})}
 
     @classmethod
     def from_json(cls, value: Any, where: str = "this ranking") -> Self:
@@ -126,6 +139,9 @@ class Ranking(Sequence[RankedLatent]):
             parts["rows"] = tuple(RankedLatent(**_numbers(row)) for row in parts["rows"])
             parts["dense"] = tuple(DenseBaseline(**_numbers(base)) for base in parts["dense"])
             parts["random"] = RandomLatents(**_numbers(parts["random"]))
+            parts["random_directions"] = RandomDirections(**_numbers(parts["random_directions"]))
+            parts["hard"] = {int(latent): Interval(*auroc) for latent, auroc in parts["hard"].items()}
+            parts["warnings"] = tuple(parts["warnings"])
             parts["n_train"], parts["n_held_out"] = tuple(parts["n_train"]), tuple(parts["n_held_out"])
             return cls(**parts)
         except (KeyError, TypeError, AttributeError) as error:
@@ -146,8 +162,8 @@ def _cells(row: RankedLatent, given: bool) -> list[str]:
         f"{row.z:+.1f}",
         f"{row.p_max_t:.3g}",
         f"{row.q_bh:.2g}",
-        _interval(row.auroc),
-        _interval(row.held_out_auroc),
+        shown(row.auroc),
+        shown(row.held_out_auroc),
         f"{row.held_out_p:.3g}",
         *((f"{row.unadjusted_z:+.1f}", f"{row.partial.value:+.2f}") if given else (f"{row.r.value:+.2f}",)),
         f"{row.difference.value:+.3g}",
@@ -164,32 +180,6 @@ def _templates(row: RankedLatent) -> str:
         return "-"
     agree = round(row.agreement * row.n_templates)
     return f"{agree}/{row.n_templates} {row.template_low:.2f}-{row.template_high:.2f}"
-
-
-def _interval(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return _plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else value
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

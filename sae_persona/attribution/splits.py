@@ -24,9 +24,14 @@ class Labelled:
     held_out: Selection
 
     @classmethod
-    def of(cls, pooled: Pooled, persona: str, within: Sequence[Within]) -> "Labelled":
-        """DataError as in ``select``."""
-        train, held_out = (select(pooled, persona, split, within=within) for split in ("train", "held_out"))
+    def of(
+        cls, pooled: Pooled, persona: str, within: Sequence[Within], *, min_confidence: float = 0.0, force: bool = False
+    ) -> "Labelled":
+        """Settings and DataError as in ``select``."""
+        train, held_out = (
+            select(pooled, persona, split, within=within, min_confidence=min_confidence, force=force)
+            for split in ("train", "held_out")
+        )
         return cls(persona, train, held_out)
 
     def split(self, name: Split) -> Selection:

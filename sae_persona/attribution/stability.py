@@ -7,18 +7,16 @@ principal angles between the spans of their directions. Both are set against ran
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sae_persona.attribution.ranking import RankedLatent, Ranking
 from sae_persona.attribution.tables import aligned, to_json
 from sae_persona.errors import ConfigError, DataError, ModelError
+from sae_persona.features.matching import Matching, match
 from sae_persona.sae.model import SAE
 
-BLOCK = 4096  # rows of one dictionary that meet the whole other one at once
 LEVEL = 0.05
 
 Survival = Literal["ranking", "subspace", "none", "untested"]
@@ -45,31 +43,6 @@ class StabilityConfig:
             raise ConfigError(f"top and draws are at least 1, got {self.top}, {self.draws}")
         if not 0 < self.cosine <= 1:
             raise ConfigError(f"cosine is above 0 and at most 1, got {self.cosine}")
-
-
-class Nearest(NamedTuple):
-    """For each latent of one SAE the nearest of another by cosine of decoder directions, and the other way round.
-
-    nearest_ab, cosine_ab  [n_a]   nearest_ba, cosine_ba  [n_b]   mutual  [n_a] bool, each is the other's nearest
-    """
-
-    nearest_ab: Tensor
-    cosine_ab: Tensor
-    nearest_ba: Tensor
-    cosine_ba: Tensor
-    mutual: Tensor
-
-
-def nearest(a: SAE, b: SAE) -> Nearest:
-    """Match two dictionaries of one width. A block of one meets all of the other at once."""
-    d_a, d_b = (torch.nn.functional.normalize(x.float(), dim=1) for x in (a.w_dec, b.w_dec.to(a.w_dec.device)))
-    (cosine_ab, ab), (cosine_ba, ba) = _strongest(d_a, d_b), _strongest(d_b, d_a)
-    return Nearest(ab, cosine_ab, ba, cosine_ba, ba[ab] == torch.arange(len(ab), device=ab.device))
-
-
-def _strongest(d_a: Tensor, d_b: Tensor) -> tuple[Tensor, Tensor]:
-    parts = [(block @ d_b.T).max(dim=1) for block in d_a.split(BLOCK)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +183,7 @@ def _compare(
     a: tuple[SAE, Ranking, str], b: tuple[SAE, Ranking, str], config: StabilityConfig, generator: np.random.Generator
 ) -> Comparison:
     (sae_a, ranking_a, name_a), (sae_b, ranking_b, name_b) = a, b
-    found, best = nearest(sae_a, sae_b), ranking_a[: config.top]
+    found, best = match(sae_a, sae_b), ranking_a[: config.top]
     matches = tuple(_match(row, place, found, ranking_b, config) for place, row in enumerate(best, start=1))
     within = [m.other_rank is not None and m.other_rank <= config.top and m.cosine >= config.cosine for m in matches]
     spans = [_spans(sae, [row.latent for row in ranking[: config.top]]) for sae, ranking, _ in (a, b)]
@@ -224,7 +197,7 @@ def _compare(
         b=name_b,
         matches=matches,
         matched=float(np.mean([m.cosine >= config.cosine for m in matches])),
-        matched_random=float((found.cosine_ab >= config.cosine).float().mean()),
+        matched_random=float((found.cosine_ab >= config.cosine).mean()),
         telling=len(tell),
         survives=survives,
         overlap_at_top=float(np.mean(within)),
@@ -238,7 +211,7 @@ def _compare(
     )
 
 
-def _match(row: RankedLatent, rank: int, found: Nearest, other: Ranking, config: StabilityConfig) -> Match:
+def _match(row: RankedLatent, rank: int, found: Matching, other: Ranking, config: StabilityConfig) -> Match:
     near, cosine = int(found.nearest_ab[row.latent]), float(found.cosine_ab[row.latent])
     place, its = next(((i, its) for i, its in enumerate(other, start=1) if its.latent == near), (None, None))
     tells = its is not None and its.direction == row.direction and max(its.p_max_t, its.held_out_p) <= LEVEL

@@ -21,7 +21,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from sae_persona.errors import DataError, FormatError, RunError
+from sae_persona.errors import FormatError, RunError
+from sae_persona.features.descriptions import Description
 from sae_persona.features.readable import ContextText
 from sae_persona.features.stats import LatentStats
 from sae_persona.runs import write_whole
@@ -35,61 +36,6 @@ _PLAIN = str.maketrans({"\ue000": " ", HIT: " ", END: " "})
 COLUMNS = ("explanation", "promoted", "suppressed", "tokens", "contexts")
 NUMBERS = ("firing_rate", "mean", "p999", "maximum")
 _CUT = "tokenize = 'unicode61 remove_diacritics 2', prefix = '2 3'"
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is known of a latent beside its numbers and contexts."""
-
-    explanation: str | None = None
-    promoted: tuple[str, ...] = ()
-    """Tokens whose logits its direction raises most; ``suppressed``: lowers."""
-    suppressed: tuple[str, ...] = ()
-
-
-def read_descriptions(path: Path, n_latents: int) -> dict[int, Description]:
-    """Descriptions by latent, from a JSONL file with a header; none if there is no such file.
-
-    FormatError for another kind or format or a line that is no description, DataError for a latent that does not exist
-    or is there twice.
-    """
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8") as file:
-        header = _line(path, 1, file.readline())
-        if (header.get("kind"), header.get("format")) != ("descriptions", 1):
-            kind = f"{header.get('kind')} format {header.get('format')}"
-            raise FormatError(f"{path} holds {kind}, wanted descriptions format 1: describe the run again")
-        found: dict[int, Description] = {}
-        for number, text in enumerate(file, start=2):
-            row = _line(path, number, text)
-            latent = row.get("latent")
-            if not isinstance(latent, int) or not 0 <= latent < n_latents:
-                raise DataError(f"{path} line {number}: latent {latent!r}, wanted one of 0 to {n_latents - 1}")
-            if latent in found:
-                raise DataError(f"{path} line {number}: latent {latent} a second time: describe the run again")
-            found[latent] = _description(path, number, row)
-    return found
-
-
-def _line(path: Path, number: int, text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{path} line {number} is not JSON ({error}): describe the run again") from error
-    if not isinstance(row, dict):
-        raise FormatError(f"{path} line {number} is not an object: describe the run again")
-    return row
-
-
-def _description(path: Path, number: int, row: Mapping[str, Any]) -> Description:
-    try:
-        promoted, suppressed = (
-            tuple(str(token) for token, _ in row.get(name) or ()) for name in ("promoted", "suppressed")
-        )
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path} line {number}: promoted and suppressed are pairs of token and logit") from error
-    return Description(row.get("explanation"), promoted, suppressed)
 
 
 def write_dictionary(
@@ -136,12 +82,12 @@ def write_dictionary(
 
 def _rows(contexts: Iterable[list[ContextText]], descriptions: Mapping[int, Description]) -> Iterator[tuple]:
     for latent, shown in enumerate(contexts):
-        about = descriptions.get(latent, Description())
+        about = descriptions.get(latent, Description(latent=latent))
         tokens = dict.fromkeys(context.token.strip() for context in shown)
         texts = (
             about.explanation or "",
-            " · ".join(token.strip() for token in about.promoted),
-            " · ".join(token.strip() for token in about.suppressed),
+            " · ".join(token.strip() for token, _ in about.promoted),
+            " · ".join(token.strip() for token, _ in about.suppressed),
             " · ".join(tokens),
             SEPARATOR.join(context.text.translate(_PLAIN) for context in shown),
         )

@@ -10,7 +10,7 @@ import h5py
 from sae_persona.errors import FormatError
 from sae_persona.runs import write_whole
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_h5(path: Path, kind: str, fill: Callable[[h5py.File], None]) -> None:

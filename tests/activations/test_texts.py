@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sae_persona.activations.dialogues import Dialogue
-from sae_persona.activations.texts import read_texts
+from sae_persona.activations.texts import path_of, read_texts
 from sae_persona.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ahoy"}]
@@ -62,9 +64,9 @@ def test_iterables():
 def test_missing_and_unknown_sources(tmp_path):
     with pytest.raises(DataError, match=r"no texts at .*absent.txt"):
         read_texts(tmp_path / "absent.txt")
-    (tmp_path / "texts.csv").write_text("one")
-    with pytest.raises(DataError, match=r"cannot tell what .*texts.csv is: texts come as .txt, .jsonl, .parquet"):
-        read_texts(tmp_path / "texts.csv")
+    (tmp_path / "texts.odt").write_text("one")
+    with pytest.raises(DataError, match=r"cannot tell what .*texts.odt is: texts come as .txt, .jsonl, .parquet, .csv"):
+        read_texts(tmp_path / "texts.odt")
     with pytest.raises(DataError, match="is not a data set"):
         read_texts(tmp_path)
     (tmp_path / "train").mkdir()
@@ -129,3 +131,26 @@ def test_a_data_set_of_the_hub_is_streamed_and_shared_out(tmp_path):
     assert sorted([*texts.share(0, 2), *texts.share(1, 2)]) == sorted(texts)
     with pytest.raises(DataError, match=r"cannot read hub:.*data:validation"):
         read_texts(f"hub:{tmp_path / 'data'}:validation")
+
+
+def test_the_file_behind_a_source(tmp_path):
+    for source in (f"evals:{tmp_path}", f"evals:{tmp_path}:answers", f"axis:{tmp_path}", tmp_path):
+        assert path_of(source) == tmp_path
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(alphabet=st.sampled_from(list('{}[]":,text 0e-1.lbsn\\u')), max_size=12), max_size=3))
+def test_rubbish_lines_are_texts_or_one_line(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "rubbish.jsonl"
+    path.write_text("\n".join(['{"text": "one"}', *lines]))
+    try:
+        assert all(isinstance(row, str | Dialogue) for row in read_texts(path))
+    except DataError as error:
+        assert "rubbish.jsonl" in str(error) and "\n" not in str(error)
+
+
+def test_json_that_is_too_deep_or_too_long_for_a_number(tmp_path):
+    for bad in ("[" * 100_000, '{"text": ' + "9" * 5000 + "}"):
+        (tmp_path / "texts.jsonl").write_text(bad)
+        with pytest.raises(DataError, match="texts.jsonl:1 is not JSON"):
+            read_texts(tmp_path / "texts.jsonl")

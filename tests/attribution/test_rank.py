@@ -107,7 +107,7 @@ def test_baselines_stand_in_the_same_table(ranking):
     text = str(ranking)
     for words in ("pirate: 39 latents tested", "difference of means", "logistic probe", "38 random latents", "p max-T"):
         assert words in text
-    assert len(text.splitlines()) == 2 + 1 + 10 + 4 and max(map(len, text.splitlines()[2:])) < 180
+    assert len(text.splitlines()) == 2 + 1 + 10 + 5 and max(map(len, text.splitlines()[2:])) < 180
     assert text.isascii()
 
 
@@ -139,7 +139,7 @@ def test_a_bad_file_is_one_line(ranking, tmp_path):
     ("setting", "sentence"),
     [
         ({"pool": "last"}, "pool is one of pre, max, mean, got 'last'"),
-        ({"within": ("colour",)}, "within takes template, domain and author, got colour"),
+        ({"within": ("colour",)}, "within takes template, domain, author, dialogue, got colour"),
         ({"by": "size"}, "by is rank or activation, got 'size'"),
         ({"permutations": 0}, "at least 1, got 0, 50, 100"),
         ({"min_rate": 5}, "between 0 and 1, got 5"),
@@ -163,7 +163,8 @@ def several(pooled) -> Pooled:
     noise = np.random.default_rng(1).integers(0, 2, (2, len(y))).astype(np.float32)
     some = np.where(np.arange(len(y)) % 3, noise[1], np.nan).astype(np.float32)
     labels = np.stack([y, 1 - y, noise[0], some], axis=1)
-    return replace(pooled, personas=("pirate", "landsman", "coin", "some"), labels=labels)
+    personas = ("pirate", "landsman", "coin", "some")
+    return replace(pooled, personas=personas, labels=labels, weights=np.ones_like(labels))
 
 
 def test_personas_ranked_together_get_the_rankings_that_they_get_alone(several, stats):
@@ -251,3 +252,31 @@ def test_rows_tell_whether_templates_agree(ranking):
     assert rows[RISES].n_templates == 4 and rows[RISES].agreement == rows[FALLS].agreement == 1
     assert 0.5 < rows[RISES].template_low <= rows[RISES].auroc.value <= rows[RISES].template_high
     assert f"4/4 {rows[RISES].template_low:.2f}-" in str(ranking)
+
+
+def test_small_classes_are_ranked_by_force_with_a_warning_in_the_table(pooled, stats):
+    few = np.flatnonzero((pooled.labels[:, 0] == 1) & (pooled.split == "train"))[6:]
+    labels = pooled.labels.copy()
+    labels[few] = np.nan
+    small = replace(pooled, labels=labels)
+    with pytest.raises(DataError, match="has 6 examples with it .* at least 10"):
+        rank(small, stats, "pirate", CONFIG)
+    forced = rank(small, stats, "pirate", replace(CONFIG, force=True))
+    assert "warning: 'pirate' has 6 examples with it" in str(forced)
+    assert Ranking.from_json(forced.to_json()) == forced
+
+
+def test_labels_that_are_not_certain_enough_are_left_out(pooled, stats):
+    unsure = np.ones_like(pooled.labels)
+    unsure[::3] = 0.4
+    config = replace(CONFIG, min_confidence=0.5)
+    found = rank(replace(pooled, weights=unsure), stats, "pirate", config)
+    assert sum(found.n_train) < sum(rank(pooled, stats, "pirate", CONFIG).n_train)
+
+
+def test_hard_negatives_have_a_column_of_their_own(pooled, stats):
+    hard = (pooled.labels[:, 0] == 0) & (np.arange(len(pooled)) % 3 == 0)
+    found = rank(replace(pooled, hard=hard), stats, "pirate", CONFIG)
+    assert "AUROC hard negatives" in str(found) and set(found.hard) == {row.latent for row in found}
+    assert Ranking.from_json(found.to_json()).hard == found.hard
+    assert "hard" not in str(rank(pooled, stats, "pirate", CONFIG))

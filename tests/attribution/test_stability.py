@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_persona.attribution.stability import StabilityConfig, nearest, stability
+from sae_persona.attribution.stability import StabilityConfig, stability
 from sae_persona.errors import ConfigError, DataError, ModelError
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU
@@ -38,15 +38,6 @@ def permuted(first):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(3))
     return of_directions(first.w_dec[order] + 0.03 * noise), order.argsort()
-
-
-def test_nearest_by_definition(first, stranger):
-    cosines = first.w_dec @ stranger.w_dec.T
-    found = nearest(first, stranger)
-    torch.testing.assert_close(found.cosine_ab, cosines.max(1).values)
-    torch.testing.assert_close(found.cosine_ba, cosines.max(0).values)
-    for i in range(N):
-        assert bool(found.mutual[i]) == (int(cosines[:, int(cosines[i].argmax())].argmax()) == i)
 
 
 def test_a_permuted_sae_keeps_the_ranking(first, permuted, make_ranking):

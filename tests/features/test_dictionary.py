@@ -1,16 +1,14 @@
-import json
 import math
 
 import pytest
 import torch
 
-from sae_persona.errors import DataError, FormatError
-from sae_persona.features.dictionary import Description, Dictionary, read_descriptions, write_dictionary
+from sae_persona.errors import FormatError
+from sae_persona.features.descriptions import Description
+from sae_persona.features.dictionary import Dictionary, write_dictionary
 from sae_persona.features.readable import ContextText
 from sae_persona.features.stats import LatentStats
 from sae_persona.types import SparseLatents
-
-HEADER = {"kind": "descriptions", "format": 1}
 
 
 def context(text, token, strength=1.0):
@@ -31,7 +29,11 @@ def dictionary(tmp_path):
         [context("a plain\x01 word \ue000 here", "word")],
         [],
     ]
-    about = {0: Description("pirates", (" arr", " ship"), (" sir",))}
+    about = {
+        0: Description(
+            latent=0, promoted=((" arr", 2.0), (" ship", 1.0)), suppressed=((" sir", -1.0),), explanation="pirates"
+        )
+    }
     path = tmp_path / "search.sqlite"
     write_dictionary(path, stats(), contexts, about, {"latents": {"size": 1}})
     return Dictionary.open(path)
@@ -73,38 +75,3 @@ def test_what_is_no_dictionary_is_refused(tmp_path, content):
         Dictionary.open(path)
     with pytest.raises(FormatError, match="is not a feature dictionary"):
         Dictionary.open(tmp_path / "none.sqlite")
-
-
-def lines(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_descriptions_are_read(tmp_path):
-    row = {"latent": 2, "promoted": [[" a", 1.5]], "suppressed": [], "explanation": None, "detection": 0.5}
-    path = lines(tmp_path / "d.jsonl", HEADER, row)
-    assert read_descriptions(path, 3) == {2: Description(None, (" a",), ())}
-    assert read_descriptions(tmp_path / "none.jsonl", 3) == {}
-
-
-@pytest.mark.parametrize(
-    ("rows", "error", "said"),
-    [
-        ([{**HEADER, "format": 7}], FormatError, "holds descriptions format 7"),
-        ([HEADER, {"latent": 3}], DataError, "line 2: latent 3, wanted one of 0 to 2"),
-        ([HEADER, {"latent": "1"}], DataError, "line 2: latent '1'"),
-        ([HEADER, {"latent": 1}, {"latent": 1}], DataError, "line 3: latent 1 a second time"),
-        ([HEADER, {"latent": 1, "promoted": ["a b c"]}], FormatError, "line 2: promoted and suppressed are pairs"),
-        ([HEADER, ["latent"]], FormatError, "line 2 is not an object"),
-    ],
-)
-def test_descriptions_that_cannot_be(tmp_path, rows, error, said):
-    with pytest.raises(error, match=said):
-        read_descriptions(lines(tmp_path / "d.jsonl", *rows), 3)
-
-
-def test_a_line_that_is_cut_short(tmp_path):
-    path = lines(tmp_path / "d.jsonl", HEADER)
-    path.write_text(path.read_text() + '{"latent": 1')
-    with pytest.raises(FormatError, match="line 2 is not JSON"):
-        read_descriptions(path, 3)

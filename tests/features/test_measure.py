@@ -12,7 +12,7 @@ from sae_persona.activations.dialogues import Dialogue, tokenize
 from sae_persona.activations.harvest import harvest
 from sae_persona.activations.lm import LM, wrap_lm
 from sae_persona.errors import ConfigError, DataError, FormatError, ModelError
-from sae_persona.features.measure import MeasureConfig, Measurement, measure
+from sae_persona.features.measure import MeasureConfig, Measurement, check_measured, measure
 from sae_persona.runs import Run
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, TopK
@@ -119,7 +119,7 @@ def test_examples_are_the_labelled_answers(lm, sae, measurement):
 
 
 def test_the_pre_answer_token_is_the_last_of_the_prompt_and_knows_nothing_of_the_answer(lm, sae):
-    pair = [chat(answer, {"pirate": 1}, id="x") for answer in ("ahoy", "good day")]
+    pair = [chat(answer, {"pirate": 1}, id=answer) for answer in ("ahoy", "good day")]
     pooled = measure(lm, HOOK, sae, pair, CONFIG).pooled
     np.testing.assert_allclose(*pooled.dense["pre"], atol=1e-5)
     assert np.abs(np.subtract(*pooled.dense["mean"])).max() > 1e-3
@@ -183,8 +183,44 @@ def test_goes_through_a_run_folder(measurement, tmp_path):
     assert torch.equal(again.stats.histogram, measurement.stats.histogram)
     assert again.contexts.of(0) == measurement.contexts.of(0)
     np.testing.assert_array_equal(again.pooled.labels, measurement.pooled.labels)
-    with pytest.raises(FormatError, match="holds latents format 1, wanted examples format 1"):
+    with pytest.raises(FormatError, match="holds latents format 2, wanted examples format 2"):
         type(again.pooled).load(run.latents)
+
+
+def test_statistics_say_which_sae_they_are_of(lm, sae, measurement, tmp_path):
+    run = Run.create(tmp_path / "run")
+    measurement.save(run)
+    assert Measurement.load(run, sae).sae == measurement.pooled.sae == sae.fingerprint
+    other = SAE(sae.w_enc, sae.b_enc + 1, sae.w_dec, sae.b_dec, sae.rule)
+    for check in (lambda: Measurement.load(run, other), lambda: check_measured(run, other),
+                  lambda: measurement.pooled.check_sae(other)):  # fmt: skip
+        with pytest.raises(DataError, match="these statistics are of another SAE"):
+            check()
+    check_measured(run, sae)
+    measure(lm, HOOK, other, TEXTS, CONFIG).pooled.save(run.examples)
+    with pytest.raises(DataError, match="latents.h5 and examples.h5 are of different SAEs: measure the run again"):
+        Measurement.load(run)
+
+
+def test_spans_and_awaited_answers_are_examples(lm, sae):
+    said = "well met, fool"
+    spans = [{"start": 5, "stop": 8, "labels": {"warm": 1}}, {"start": 0, "stop": 4, "labels": {"warm": 0}}]
+    rows = [{"text": said, "spans": spans, "weights": None, "hard": True, "covariates": {"age": 3}}]
+    rows.append({"messages": [{"role": "user", "content": "hi"}], "labels": {"warm": 1}, "unanswered": True})
+    found = measure(lm, HOOK, sae, rows, CONFIG)
+    pooled = found.pooled
+    assert pooled.ids.tolist() == ["0:0[5:8]", "1:0"] and found.dropped == 1, "only BOS stands before the other span"
+    assert pooled.texts.tolist() == ["met", ""] and pooled.hard.tolist() == [True, False]
+    assert pooled.position.tolist()[0] == 5 and pooled.n_answer_tokens.tolist() == [3, 1]
+    dense = sae.encode(next(x for _, x in harvest(lm, HOOK, [tokenize(lm, said)], 1))).dense(N_LATENTS)
+    np.testing.assert_allclose(pooled.pools["pre"].toarray()[0], dense[5], atol=1e-5)
+    np.testing.assert_allclose(pooled.pools["mean"].toarray()[0], dense[6:9].mean(0), atol=1e-5)
+    np.testing.assert_array_equal(pooled.pools["pre"].toarray()[1], pooled.pools["max"].toarray()[1])
+
+
+def test_an_id_that_stands_twice(lm, sae):
+    with pytest.raises(DataError, match="id 'a' stands twice, at texts 0 and 7"):
+        measure(lm, HOOK, sae, [*TEXTS, TEXTS[0]], CONFIG)
 
 
 def test_texts_without_a_token_are_passed_over(sae):

@@ -28,6 +28,13 @@ def pooled(n: int = 6) -> Pooled:
         n_answer_tokens=np.arange(1, n + 1),
         pools={name: sparse.random(n, 9, 0.3, "csr", np.float32, generator) for name in POOLS},
         dense={name: generator.random((n, 4)).astype(np.float32) for name in ("pre", "mean")},
+        weights=generator.random((n, 2)).astype(np.float32),
+        texts=np.array([f"é \n{'long ' * i}" for i in range(n)], dtype=object),
+        position=np.arange(n) + 3,
+        hard=np.arange(n) % 2 == 0,
+        covariates=np.arange(n * 2.0).reshape(n, 2),
+        covariate_names=("age", "größe"),
+        sae="abc",
     )
 
 
@@ -57,7 +64,9 @@ def test_goes_through_a_file(tmp_path):
     before.save(tmp_path / "examples.h5")
     after = Pooled.load(tmp_path / "examples.h5")
     assert after.personas == before.personas and len(after) == 6 and after.n_latents == 9
-    for name in ("labels", "ids", "template", "domain", "author", "split", "dialogue", "n_answer_tokens"):
+    assert (after.covariate_names, after.sae) == (before.covariate_names, "abc")
+    for name in (*("labels", "ids", "template", "domain", "author", "split", "dialogue", "n_answer_tokens"),
+                 *("weights", "texts", "position", "answer", "hard", "covariates")):  # fmt: skip
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
     for name in POOLS:
         np.testing.assert_array_equal(after.pools[name].toarray(), before.pools[name].toarray())
@@ -82,5 +91,29 @@ def test_a_bad_file_is_one_line(tmp_path):
         Pooled.load(path)
     with h5py.File(path, "a") as file:
         file.attrs["format"] = 99
-    with pytest.raises(FormatError, match="format 99, wanted examples format 1"):
+    with pytest.raises(FormatError, match="format 99, wanted examples format 2"):
         Pooled.load(path)
+
+
+def test_a_nul_in_a_text_does_not_end_it(tmp_path):
+    before = pooled()
+    before.texts[2] = "one\0two"
+    before.save(tmp_path / "examples.h5")
+    assert Pooled.load(tmp_path / "examples.h5").texts[2] == "one␀two"
+
+
+def test_what_no_row_says():
+    n, empty = 3, sparse.csr_matrix((3, 2), dtype=np.float32)
+    texts = dict.fromkeys(("ids", "template", "domain", "author", "split"), np.array([""] * n))
+    made = Pooled(("a",), np.ones((n, 1)), dialogue=np.arange(n), n_answer_tokens=np.ones(n), pools={"pre": empty},
+                  dense={}, **texts)  # fmt: skip
+    assert made.weights.tolist() == [[1], [1], [1]] and made.texts.tolist() == [""] * 3 and not made.hard.any()
+    assert made.covariates.shape == (3, 0) and made.sae == ""
+
+
+def test_an_older_file_is_told_to_measure_again(tmp_path):
+    pooled().save(tmp_path / "examples.h5")
+    with h5py.File(tmp_path / "examples.h5", "a") as file:
+        file.attrs["format"] = 1
+    with pytest.raises(FormatError, match="holds examples format 1, wanted examples format 2: measure the run again"):
+        Pooled.load(tmp_path / "examples.h5")
