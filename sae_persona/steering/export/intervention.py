@@ -172,10 +172,10 @@ class Intervention:
         points = {one.hook for one in self.edits if one.hook is not None}
         return sorted(points, key=lambda hook: (hook.layer, hook.site == "resid_post"))
 
-    def rows(self, hook: HookPoint) -> Rows:
-        """The edits of one hook point as a table, on the CPU."""
+    def rows(self, hook: HookPoint, device: torch.device | str = "cpu") -> Rows:
+        """The edits of one hook point as a table."""
         edits, saes = self.ready()
-        return Rows.of([one for one in edits if one.hook == hook], saes.get(hook), self.model.d_model)
+        return Rows.of([one for one in edits if one.hook == hook], saes.get(hook), self.model.d_model, device)
 
     @property
     def latents(self) -> tuple[int, ...]:
@@ -190,7 +190,8 @@ def needs_all(part: Part) -> bool:
 
 def _resolved(edits: Sequence[Placed], saes: SAEs) -> list[Placed]:
     """With every hook point named, those of conditions too, as `intervene` finds them."""
-    whole = [one if one.hook else replace(one, hook=saes.hook) for one in edits if one.hook or isinstance(saes, SAE)]
+    default = saes.hook if isinstance(saes, SAE) and any(one.hook is None for one in edits) else None
+    whole = [one if one.hook else replace(one, hook=default) for one in edits]
     by_hook: dict[HookPoint | None, list[Placed]] = {}
     for one in whole:
         by_hook.setdefault(one.hook, []).append(one)

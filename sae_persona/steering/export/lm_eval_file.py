@@ -10,6 +10,7 @@ Its additions all use the vector of the dict's last entry, since they are closur
 it stands last. One action a module. What is lost in an approximation stands beside, under a key that it does not read.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,19 @@ def write(intervention: Intervention, lm: LM, path: Path) -> Path:
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The content of such a file. FormatError if it is anything else."""
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # noqa: BLE001 - the unpickler raises whatever the bytes make it
-        raise FormatError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict) or not content or not all(_is_entry(entry) for entry in content.values()):
         raise FormatError(f"{path} is not an lm-eval steered file: {{module: {{{', '.join(KEYS)}}}}}")
     return content
+
+
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote, of tensors and plain values. FormatError for a missing file, another one, or code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(f"{path} is no file of plain tensors, and code is not read: {reason}") from error
 
 
 def _is_entry(entry: Any) -> bool:

@@ -2,9 +2,9 @@
 
 The JSON says of every edit which operation at which hook point, in which unit, at which tokens, under which condition
 and with which priority; what becomes of the error term; which model and SAEs it was made for; and on what evidence.
-The tensors are what applying it needs: directions, and of an SAE with a local rule only the rows of the latents that are
-edited or waited for, so neither the SAE nor the corpus travels. TopK must encode all latents, so its file asks for the
-SAE.
+The tensors are what applying it needs: directions, and of an SAE with a local rule only the rows of the latents that
+are edited or waited for, so neither the SAE nor the corpus travels. TopK must encode all latents, so its file asks for
+the SAE.
 
     HOOK.w_enc, HOOK.w_dec [m, d_in]   HOOK.b_enc, HOOK.threshold [m]   rows of the latents that saes.HOOK.latents lists
     edits.I.direction [d_in]           edits.I.directions [m, d_in]     conditions.I.direction [d_in]
@@ -138,9 +138,7 @@ def _saes_to_json(intervention: Intervention) -> tuple[dict[str, Any], dict[str,
     """What each hook point's SAE is, and the rows of it that a local rule needs."""
     said, tensors = {}, {}
     for hook, part in intervention.parts.items():
-        latents = {one.edit.latent for one in intervention.edits if _edits_latent_at(one, hook)}
-        latents |= {when.latent for one in intervention.edits if (when := one.when) is not None and when.hook == hook
-                    and when.latent is not None}  # fmt: skip
+        latents = {latent for at, latent in _latents(intervention.edits) if at == hook}
         facts = {"fingerprint": part.fingerprint, "n_latents": part.n_latents, "rule": part.rule}
         if needs_all(part):
             said[str(hook)] = {**facts, "encoder": "full", "latents": sorted(latents)}
@@ -150,8 +148,11 @@ def _saes_to_json(intervention: Intervention) -> tuple[dict[str, Any], dict[str,
     return said, tensors
 
 
-def _edits_latent_at(one: Placed, hook: HookPoint) -> bool:
-    return one.hook == hook and isinstance(one.edit, LatentEdit)
+def _latents(edits: Sequence[Placed]) -> list[tuple[HookPoint | None, int]]:
+    """The latents that are edited or waited for, and where."""
+    found = [(one.hook, one.edit.latent) for one in edits if isinstance(one.edit, LatentEdit)]
+    whens = [one.when for one in edits if one.when is not None]
+    return found + [(when.hook, when.latent) for when in whens if when.latent is not None]
 
 
 def _edit_to_json(one: Placed, i: int, conditions: list[When], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -264,9 +265,7 @@ def _part(path: Path, hook: str, said: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _check_latents(path: Path, intervention: Intervention) -> None:
-    read = [(one.hook, one.edit.latent) for one in intervention.edits if isinstance(one.edit, LatentEdit)]
-    read += [(w.hook, w.latent) for one in intervention.edits if (w := one.when) is not None and w.latent is not None]
-    for hook, latent in read:
+    for hook, latent in _latents(intervention.edits):
         part = intervention.parts.get(hook) if hook is not None else None
         if part is None:
             raise FormatError(f"{path} edits latent {latent} at {hook}, and tells of no SAE there: export it again")

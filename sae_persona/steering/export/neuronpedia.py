@@ -27,8 +27,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 def write(intervention: Intervention, lm: LM, path: Path) -> Path:
     """Write what the edits add at their one hook point.
 
-    ``modelId`` is the last part of the model's name: change it where Neuronpedia has another. ConfigError for edits that
-    are no sum, act at some tokens only or at several layers.
+    ``modelId`` is the last part of the model's name: change it where Neuronpedia has another. ConfigError for edits
+    that are no sum, act at some tokens only or at several layers.
     """
     layer, vector = only_layer(additive(intervention, TOOL), TOOL)
     strength_of(vector)
