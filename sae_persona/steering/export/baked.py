@@ -23,7 +23,7 @@ from sae_persona.errors import ConfigError
 from sae_persona.runs import write_whole
 from sae_persona.steering.export.additive import EMBEDDINGS, INSTEAD, additive, by_layer, check_everywhere
 from sae_persona.steering.export.intervention import Intervention
-from sae_persona.steering.export.peft_adapter import FACTS, facts
+from sae_persona.steering.export.peft_adapter import FACTS, biased, facts
 from sae_persona.steering.export.weights import attention_output, check_same, mlp_output, rows_first
 from sae_persona.steering.interventions import ProjectOut
 from sae_persona.types import HookPoint
@@ -48,7 +48,13 @@ def write(intervention: Intervention, lm: LM, path: Path) -> Path:
     elif any(isinstance(one.edit, ProjectOut) for one in intervention.edits):
         _fold_out(baked, intervention)
     else:
-        _add_biases(baked, by_layer(additive(intervention, TOOL)))
+        layers = by_layer(additive(intervention, TOOL))
+        if EMBEDDINGS in layers:
+            raise ConfigError(f"{TOOL} adds behind blocks or to what enters the first, not both: export them apart")
+        outputs = {layer: mlp_output(lm, layer, TOOL) for layer in layers}
+        behind = {name: (module, layers[layer]) for layer, (name, module) in outputs.items()}
+        check_same(lm, intervention, lambda inputs: biased(lm, behind, inputs), TOOL)
+        _add_biases(baked, layers)
     check_same(lm, intervention, lambda inputs: model(**inputs).logits, TOOL)
 
     def fill(temporary: Path) -> None:
@@ -61,8 +67,6 @@ def write(intervention: Intervention, lm: LM, path: Path) -> Path:
 
 
 def _add_biases(lm: LM, layers: dict[int, Tensor]) -> None:
-    if EMBEDDINGS in layers:
-        raise ConfigError(f"{TOOL} adds behind blocks or to what enters the first, not both: export them apart")
     config: Any = lm.model.config
     outputs = {layer: mlp_output(lm, layer, TOOL)[1] for layer in layers}
     if any(module.bias is None for module in outputs.values()):

@@ -34,7 +34,9 @@ def write(intervention: Intervention, lm: LM, path: Path) -> Path:
     strength_of(vector)
     label = " + ".join(_words(one.edit) for one in intervention.edits)
     if intervention.approximation is not None:
-        label += f" (stands for another edit: {intervention.approximation['explained']:.0%} of what that adds)"
+        lost = intervention.approximation
+        said = f"explains {lost['explained']:.2f}, KL {lost['kl']:.3g} nats"
+        label += f" (stands for {', '.join(lost['stands_for'])}: {said})"
     raw = {
         "modelId": Path(intervention.model.name).name,
         "layerNumber": max(layer, 0),

@@ -8,6 +8,7 @@ Written by hand, so that peft is needed only to read it. The adapter cannot be m
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,7 @@ def write(intervention: Intervention, lm: LM, path: Path, *, kind: Kind = "beft"
         if not isinstance(module, nn.Linear):
             raise ConfigError(f"{TOOL} wraps Linear modules, {name} is a {type(module).__name__}: use --format baked")
         modules[name] = module, vector
-    check_same(lm, intervention, lambda inputs: _biased(lm, modules, inputs), TOOL)
+    check_same(lm, intervention, lambda inputs: biased(lm, modules, inputs), TOOL)
     config = {"peft_type": kind.upper(), "target_modules": list(modules), "base_model_name_or_path": lm.name}
     config |= {"inference_mode": True, "task_type": "CAUSAL_LM"}
     if kind == "lora":
@@ -78,8 +79,8 @@ def _tensors(modules: dict[str, tuple[nn.Linear, Tensor]], kind: Kind) -> dict[s
     return tensors
 
 
-def _biased(lm: LM, modules: dict[str, tuple[nn.Linear, Tensor]], inputs: dict[str, Any]) -> Tensor:
-    """Logits with the vectors behind the modules, which is what the adapter does."""
+def biased(lm: LM, modules: Mapping[str, tuple[nn.Module, Tensor]], inputs: dict[str, Any]) -> Tensor:
+    """Logits with a vector [d] added to the output of each module, which is what the adapter does."""
     with ExitStack() as stack:
         for module, vector in modules.values():
             bias = vector.to(lm.device, lm.dtype)
