@@ -1,4 +1,6 @@
+import ctypes
 import json
+from contextlib import nullcontext
 
 import gguf
 import numpy as np
@@ -28,6 +30,69 @@ def test_what_llama_cpp_would_add_is_what_the_edits_do(lm, sums, edited, logits,
         for handle in handles:
             handle.remove()
     torch.testing.assert_close(got, edited(lm, sums), atol=1e-5, rtol=0)
+
+
+def llama_file(lm, path):
+    """The model as llama.cpp reads it, in fp32: query and key rows interleaved for its rotary order."""
+    config, weights = lm.model.config, lm.model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    names += [f"t{i}" for i in range(len(names), config.vocab_size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(names)
+    writer.add_token_scores([0.0] * len(names))
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(names) - 259))
+
+    def interleaved(w):
+        heads = config.num_attention_heads
+        return w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"].numpy())
+    writer.add_tensor("output.weight", weights["lm_head.weight"].numpy())
+    parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}  # fmt: skip
+    for i in range(config.num_hidden_layers):
+        for theirs, here in parts.items():
+            w = weights[f"model.layers.{i}.{theirs}.weight"].numpy()
+            w = interleaved(w) if here in ("attn_q", "attn_k") else w
+            writer.add_tensor(f"blk.{i}.{here}.weight", np.ascontiguousarray(w))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_llama_cpp_itself_agrees(lm, sums, prompts, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    ids = [1, *prompts[0]][:16]
+    model = str(llama_file(lm, tmp_path / "model.gguf"))
+    llm = llama_cpp.Llama(model, n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
+    vectors = control_vector.read(control_vector.write(sums, lm, tmp_path / "x.gguf"))
+    zero = torch.zeros(lm.d_model)
+    rows = torch.cat([vectors.get(layer, zero) for layer in range(1, lm.n_layers)])  # row j is of layer j + 1
+    buffer = (ctypes.c_float * len(rows))(*rows.tolist())
+    given = (buffer, len(rows), lm.d_model, 1, lm.n_layers - 1)
+    for steered in (False, True):
+        if steered:
+            assert llama_cpp.llama_set_adapter_cvec(llm._ctx.ctx, *given) == 0
+        llm.reset()
+        llm.eval(ids)
+        with torch.no_grad(), sums.applied(lm) if steered else nullcontext():
+            wanted = lm.model(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(torch.tensor(llm.scores[: len(ids)]), wanted, atol=1e-5, rtol=0)
 
 
 def test_its_keys_are_those_that_readers_ask_for(lm, sums, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from sae_persona.errors import ConfigError, ModelError
 from sae_persona.steering.conditions import When
+from sae_persona.steering.export.approximate import approximate
 from sae_persona.steering.export.formats import FORMATS, write_as
 from sae_persona.steering.export.intervention import Intervention
 from sae_persona.steering.interventions import Ablate, Add, Cap, Clamp, Pin, Placed, ProjectOut, Scale, Steer
@@ -90,6 +91,18 @@ def test_formats_say_where_they_cannot_act(lm, sae, tmp_path):
     with pytest.raises(ConfigError, match="not in a turn"):
         write_as("steer-py", Intervention.of(lm, sae, [turn]), lm, tmp_path / "x.py")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {"saelens"}))
+def test_what_an_approximation_loses_is_written_into_the_file(lm, sae, prompts, tmp_path, name):
+    made = approximate(Intervention.of(lm, sae, [Clamp(3, 20.0, 6.0)]), lm, prompts[:2], prompts[2:4])
+    path = write_as(name, made, lm, path_of(tmp_path, name))
+    files = [file for one in FORMATS[name].files(path) for file in (one.iterdir() if one.is_dir() else [one])]
+    if name == "lm-eval":
+        (entry,) = torch.load(path, weights_only=True).values()
+        assert entry["approximation"] == made.approximation
+    else:
+        assert any(b"clamp at answer" in file.read_bytes() for file in files)
 
 
 def test_names_suffixes_and_models_are_checked(lm, one_sum, make_lm, tmp_path):
