@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from sae_persona.steering.apply import intervene as intervene
     from sae_persona.steering.apply import intervene_rows as intervene_rows
     from sae_persona.steering.conditions import When as When
+    from sae_persona.steering.export.approximate import approximate as approximate
+    from sae_persona.steering.export.formats import write_as as write_as
+    from sae_persona.steering.export.importing import import_intervention as import_intervention
+    from sae_persona.steering.export.intervention import Intervention as Intervention
     from sae_persona.steering.export.native import export as export
     from sae_persona.steering.export.native import load_intervention as load_intervention
     from sae_persona.steering.interventions import Ablate as Ablate
@@ -104,6 +108,10 @@ _HOMES = {
     "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene", "intervene_rows"),
     "steering.conditions": ("When",),
+    "steering.export.approximate": ("approximate",),
+    "steering.export.formats": ("write_as",),
+    "steering.export.importing": ("import_intervention",),
+    "steering.export.intervention": ("Intervention",),
     "steering.export.native": ("export", "load_intervention"),
     "steering.interventions": (
         "Ablate",

@@ -12,9 +12,18 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import cli_attribution, cli_describe, cli_features, cli_labels, cli_search, cli_training, pipeline
+from sae_persona import (
+    cli_attribution,
+    cli_describe,
+    cli_features,
+    cli_labels,
+    cli_search,
+    cli_steering,
+    cli_training,
+    pipeline,
+)
 from sae_persona.activations.lm import load_lm
-from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
+from sae_persona.cli_options import AsJson, Device, Edits, Force, RunPath, Texts, say, show_answers, show_result
 from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.features.scan import findings
@@ -38,22 +47,15 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (cli_training, cli_features, cli_labels, cli_attribution, cli_describe, cli_search):
+for part in (cli_training, cli_features, cli_labels, cli_attribution, cli_describe, cli_search, cli_steering):
     part.add_to(app)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
-Edits = Annotated[
-    list[str],
-    typer.Option(
-        "--edit",
-        help="OPERATION:LATENT=STRENGTH (clamp, pin, add, floor, ceiling), scale:LATENT=FACTOR or ablate:LATENT. "
-        "LATENT is a number, or a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th "
-        "percentile, factor 1 changes nothing. May be given several times.",
-    ),
-]
 Where = Annotated[
-    Positions, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
+    Positions,
+    typer.Option(
+        help="Tokens that are edited: answer (from the token before it), pre, generated, prompt, all or every."
+    ),
 ]
 
 
@@ -200,9 +202,7 @@ def try_(
     opened = Run.open(run)
     lm = open_model(opened, device=device)
     pairs = pipeline.try_edits(opened, lm, prompt, pipeline.edits_of(opened, edit), positions, n=n, config=answers)
-    width = max(len(before) for before, _ in pairs)
-    table = "\n".join(f"{before:{width}}  ->  {after}" for before, after in pairs)
-    show_result(table, [{"before": before, "after": after} for before, after in pairs], as_json)
+    show_answers(pairs, as_json)
 
 
 @app.command()
@@ -244,24 +244,6 @@ def sweep(
     if result.chosen.gain.low <= 0:
         say(f"no strength within {config.max_cost:g} x perplexity raises {persona} for certain")
         raise typer.Exit(1)
-
-
-@app.command()
-def export(
-    run: RunPath,
-    out: Annotated[Path, typer.Option(help="File to write, ending in .json; its tensors go beside it.")],
-    edit: Edits,
-    positions: Where = "answer",
-    force: Annotated[bool, typer.Option("--force", help="Replace the file that is there.")] = False,
-) -> None:
-    """Write edits as an intervention file, with the evidence that the run has for their latents."""
-    opened = Run.open(run)
-    taken = [path for path in (out, out.with_suffix(".safetensors")) if path.exists()]
-    if taken and not force:
-        raise RunError(f"{taken[0]} is there already: choose another --out, or pass --force to replace it")
-    lm = open_model(opened)
-    edits = pipeline.edits_of(opened, edit)
-    typer.echo(pipeline.export_stage(opened, lm, out.stem, edits, positions=positions, out=out))
 
 
 @app.command()

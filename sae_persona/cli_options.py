@@ -1,6 +1,8 @@
 """What several commands share: options, and where their words go."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +15,16 @@ Texts = (
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is at --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Edits = Annotated[
+    list[str],
+    typer.Option(
+        "--edit",
+        help="OPERATION:LATENT=STRENGTH (clamp, pin, add, floor, ceiling), scale:LATENT=FACTOR or ablate:LATENT. "
+        "LATENT is a number, or a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th "
+        "percentile, factor 1 changes nothing. May be given several times.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
@@ -36,3 +48,10 @@ def with_default(command: str) -> type[TyperGroup]:
             return super().resolve_command(ctx, args)
 
     return WithDefault
+
+
+def show_answers(pairs: Sequence[tuple[str, str]], as_json: bool) -> None:
+    """Answers before and after an edit, side by side."""
+    width = max(len(before) for before, _ in pairs)
+    table = "\n".join(f"{before:{width}}  ->  {after}" for before, after in pairs)
+    show_result(table, [{"before": before, "after": after} for before, after in pairs], as_json)

@@ -141,11 +141,9 @@ def _check_exports(run: Run, lm: LM, config: DemoConfig) -> None:
     greedy = AnswerConfig(temperature=0.0)
     for trait in config.traits:
         prompts = [prompt_tokens(lm, chat) for chat in chats(trait, 8, "held_out")]
-        loaded = load_intervention(run.intervention(trait), lm)
-        with loaded.applied():
+        with load_intervention(run.intervention(trait)).applied(lm):
             alone = answer(lm, prompts, greedy)
-        whole = load_intervention(run.intervention(trait), lm, sae)
-        with whole.applied():
+        with load_intervention(run.intervention(trait), sae).applied(lm):
             together = answer(lm, prompts, greedy)
         if [a.ids for a in alone] != [a.ids for a in together]:
             raise RunError(f"{run.intervention(trait)} does not do what it was exported from: please report this")

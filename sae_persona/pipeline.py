@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from sae_persona.sae.formats import load_sae
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
-from sae_persona.steering.export.native import export
+from sae_persona.steering.export.approximate import approximate
+from sae_persona.steering.export.formats import write_as
+from sae_persona.steering.export.intervention import Intervention
 from sae_persona.steering.interventions import Clamp, LatentEdit, parse_edit
-from sae_persona.steering.positions import Positions
+from sae_persona.steering.positions import Positions, Spans
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
 from sae_persona.training import Source, input_facts, open_sae
@@ -282,14 +285,30 @@ def _random_latents(
 
 
 def export_stage(
-    run: Run, lm: LM, name: str, edits: Sequence[LatentEdit], *, positions: Positions, out: Path | None = None
+    run: Run,
+    lm: LM,
+    name: str,
+    edits: Sequence[LatentEdit],
+    *,
+    positions: Positions | Spans,
+    out: Path | None = None,
+    form: str = "native",
+    prompts: Sequence[Messages] | None = None,
 ) -> Path:
-    """Write an intervention with the evidence that the run has for its latents."""
-    with run.recording("export", name=name):
+    """Write an intervention with the evidence that the run has for its latents.
+
+    form      a name in `FORMATS`
+    prompts   chats; a direction, fitted to every other of them, takes the place of the edits, and its loss is measured
+              on the rest
+    """
+    with run.recording("export", name=name, form=form):
         sae = open_sae(run, lm)
         check_measured(run, sae)  # whose units and evidence go with the edits
-        path = out or run.intervention(name)
-        return export(path, lm, sae, list(edits), positions=positions, evidence=_evidence(run, edits))
+        intervention = Intervention.of(lm, sae, list(edits), positions=positions, evidence=_evidence(run, edits))
+        if prompts is not None:
+            tokens = [prompt_tokens(lm, chat) for chat in prompts]
+            intervention = approximate(intervention, lm, tokens[::2], tokens[1::2])
+        return write_as(form, intervention, lm, out or run.intervention(name))
 
 
 def _evidence(run: Run, edits: Sequence[LatentEdit]) -> dict[str, Any]:
@@ -348,10 +367,16 @@ def try_edits(
     run: Run, lm: LM, prompt: str, edits: Sequence[LatentEdit], positions: Positions, *, n: int, config: AnswerConfig
 ) -> list[tuple[str, str]]:
     """``n`` answers to a prompt before and after the edits, sampled with the same seed."""
-    prompts = [prompt_tokens(lm, [{"role": "user", "content": prompt}])] * n
     sae = open_sae(run, lm)
     check_measured(run, sae)
-    before = answer(lm, prompts, config)
-    with intervene(lm, sae, edits, positions=positions):
+    return before_and_after(lm, prompt, intervene(lm, sae, edits, positions=positions), n, config)
+
+
+def before_and_after(
+    lm: LM, prompt: str, edited: AbstractContextManager[Any], n: int, config: AnswerConfig
+) -> list[tuple[str, str]]:
+    """``n`` answers to a prompt outside and inside a block, sampled with the same seed."""
+    prompts = [prompt_tokens(lm, [{"role": "user", "content": prompt}])] * n
+    with edited:  # first, so that what cannot be applied is refused before the model runs
         after = answer(lm, prompts, config)
-    return [(b.text, a.text) for b, a in zip(before, after, strict=True)]
+    return [(b.text, a.text) for b, a in zip(answer(lm, prompts, config), after, strict=True)]

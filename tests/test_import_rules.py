@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search")
+COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search", "steering")
 STAGES = [
     *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering"),
     *("training", "pipeline", "describing", "indexes", "finding", "pairing", "report", "demo", "flags"),

@@ -166,7 +166,7 @@ def rank_and_sweep(run: Run, lm: LM, persona: str, corpus: Corpus, found: Measur
 def check_export(run: Run, lm: LM, persona: str, swept: Sweep, chats: Sequence[Any], settings: Settings) -> None:
     """The clamp must write the same greedy answers from its file alone as with the run's SAE."""
     greedy, prompts = AnswerConfig(temperature=0.0, max_new_tokens=20), [prompt_tokens(lm, chat) for chat in chats]
-    with load_intervention(run.intervention(persona), lm).applied():
+    with load_intervention(run.intervention(persona)).applied(lm):
         alone = answer(lm, prompts, greedy)
     with intervene(lm, open_sae(run, lm), [chosen_clamp(swept)], positions=settings.positions):
         together = answer(lm, prompts, greedy)

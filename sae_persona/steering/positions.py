@@ -18,9 +18,10 @@ from torch import Tensor
 from sae_persona.activations.hooks import Call
 from sae_persona.errors import ConfigError
 
-Positions = Literal["answer", "pre", "generated", "prompt", "all"]
+Positions = Literal["answer", "pre", "generated", "prompt", "all", "every"]
 """answer: the pre-answer token and all after it. pre: the pre-answer token only, the prompt's last. generated: all
-after it. prompt: the prompt. all: every token. BOS and padding are never edited."""
+after it. prompt: the prompt. all: every token but BOS. every: BOS too, as tools edit that know no positions; no other
+of these edits BOS, and none edits padding."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,13 @@ class Where:
             last = self.prompt[:, None] - 1
             chosen = {
                 "all": call.real,
+                "every": call.real,
                 "pre": call.index == last,
                 "answer": call.index >= last,
                 "generated": call.index > last,
                 "prompt": call.index <= last,
             }[positions]
         chosen = chosen & call.real
-        if self.bos_id is not None and call.input_ids is not None:
+        if positions != "every" and self.bos_id is not None and call.input_ids is not None:
             chosen = chosen & (call.input_ids != self.bos_id)
         return chosen

@@ -166,12 +166,17 @@ def _check(asked: Sequence[tuple[Placed, int]], sae: SAE | None) -> None:
     sae.check_rebuilds()
     if unknown := [i for i, _, _ in latents if not 0 <= i < sae.n_latents]:
         raise ConfigError(f"latent {unknown[0]} does not exist: this SAE has latents 0 to {sae.n_latents - 1}")
+    check_collisions(latents)
+    _check_pins([(one.edit, one, r) for _, one, r in latents if isinstance(one.edit, Pin)], sae)
+
+
+def check_collisions(latents: Sequence[tuple[int, Placed, int]]) -> None:
+    """ConfigError where two edits of one latent, by (latent, edit, request), would act at one token and none wins."""
     for (i, a, q), (j, b, r) in combinations(latents, 2):
         if (i, q) == (j, r) and a.priority == b.priority and not _apart(a, b):
             raise ConfigError(
                 f"latent {i} is edited twice at the same tokens: give one edit a latent, other positions, or priorities"
             )
-    _check_pins([(one.edit, one, r) for _, one, r in latents if isinstance(one.edit, Pin)], sae)
 
 
 def _check_pins(pins: Sequence[tuple[Pin, Placed, int]], sae: SAE) -> None:

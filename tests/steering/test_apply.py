@@ -71,7 +71,14 @@ def test_left_padding_is_right_padding(lm, sae, prompts, positions):
 
 
 @pytest.mark.parametrize(
-    ("positions", "edited"), [("pre", [3]), ("answer", [3, 4, 5]), ("generated", [4, 5]), ("all", [1, 2, 3, 4, 5])]
+    ("positions", "edited"),
+    [
+        ("pre", [3]),
+        ("answer", [3, 4, 5]),
+        ("generated", [4, 5]),
+        ("all", [1, 2, 3, 4, 5]),
+        ("every", [0, 1, 2, 3, 4, 5]),
+    ],
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_exactly_the_chosen_tokens_change(lm, sae, positions, edited, side):

@@ -124,7 +124,7 @@ def test_other_texts_are_refused(text):
 def test_positions_are_checked():
     check_positions("answer")
     with pytest.raises(
-        ConfigError, match="positions is one of answer, pre, generated, prompt, all or spans START:STOP, got 'end'"
+        ConfigError, match="positions is one of answer, pre, generated, prompt, all, every or spans .*, got 'end'"
     ):
         check_positions("end")
 

@@ -1,82 +1,73 @@
-"""The native intervention file: ``NAME.json`` and ``NAME.safetensors`` beside it.
+"""The native intervention file: ``NAME.json`` and, where it has tensors, ``NAME.safetensors`` beside it.
 
-The JSON says which operation at which hook point, in which unit, at which tokens, what becomes of the error term, which
-model and SAE it was made for, and what evidence it rests on. The tensors are what applying it needs: with a local
-sparsity rule only the rows of the edited latents (``w_enc [m, d_in]``, ``b_enc [m]``, ``w_dec [m, d_in]``,
-``threshold [m]``), so neither the SAE nor the corpus travels; TopK must encode all latents, so its file has no tensors
-and asks for the SAE.
+The JSON says of every edit which operation at which hook point, in which unit, at which tokens, under which condition
+and with which priority; what becomes of the error term; which model and SAEs it was made for; and on what evidence.
+The tensors are what applying it needs: directions, and of an SAE with a local rule only the rows of the latents that
+are edited or waited for, so neither the SAE nor the corpus travels. TopK must encode all latents, so its file asks for
+the SAE.
+
+    HOOK.w_enc, HOOK.w_dec [m, d_in]   HOOK.b_enc, HOOK.threshold [m]   rows of the latents that saes.HOOK.latents lists
+    edits.I.direction [d_in]           edits.I.directions [m, d_in]     conditions.I.direction [d_in]
+
+Format 1, with one hook point and no directions or conditions, is read too.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, FormatError, ModelError
 from sae_persona.runs import file_hash, read_json, versions, write_json, write_whole
+from sae_persona.sae.files import check_tensors, read_safetensors
 from sae_persona.sae.model import SAE
-from sae_persona.sae.sparsity import ReLU, Threshold, TopK
-from sae_persona.steering.apply import intervene
-from sae_persona.steering.interventions import OPERATIONS, LatentEdit, placed
-from sae_persona.steering.positions import Positions
-from sae_persona.steering.rows import Rows
+from sae_persona.steering.apply import SAEs
+from sae_persona.steering.conditions import When
+from sae_persona.steering.export.intervention import Intervention, MadeFor, Part, needs_all, part_of_rows
+from sae_persona.steering.interventions import DIRECTION_OPERATIONS, OPERATIONS, Edit, LatentEdit, Placed
+from sae_persona.steering.positions import Positions, Spans, parse_positions
+from sae_persona.steering.rows import check_collisions
 from sae_persona.types import HookPoint
 
-FORMAT = 1
+FORMAT = 2
 KIND = "sae_persona intervention"
-UNIT = "99.9th percentile of the latent's non-zero activations"
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """Edits that are ready to be applied to the model they were made for."""
-
-    lm: LM
-    sae: SAE
-    """The whole SAE, or the rows of the edited latents only."""
-    edits: tuple[LatentEdit, ...]
-    """Their latents count the rows of ``sae``."""
-    latents: tuple[int, ...]
-    """The latents' numbers in the SAE that they come from."""
-    hook: HookPoint
-    positions: Positions
-    evidence: dict[str, Any]
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within the block, the model runs with the edits."""
-        with intervene(self.lm, self.sae, self.edits, hook=self.hook, positions=self.positions):
-            yield
+UNIT = "99.9th percentile of the latent's non-zero activations; directions in units of the residual stream"
+ERROR_TERM = "kept"
+DIRECTIONS = ("direction", "directions")
+OPERATIONS_BY_NAME: dict[str, type[Edit]] = {**OPERATIONS, **DIRECTION_OPERATIONS}
 
 
 def export(
     path: str | Path,
     lm: LM,
-    sae: SAE,
-    edits: tuple[LatentEdit, ...] | list[LatentEdit],
+    sae: SAEs,
+    edits: Sequence[Edit | Placed],
     *,
-    positions: Positions = "answer",
-    evidence: dict[str, Any] | None = None,
+    hook: HookPoint | None = None,
+    positions: Positions | Spans = "answer",
+    evidence: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``path`` (ending in .json) and the .safetensors beside it, each whole or not at all; returns the former.
+    """Write edits, as `intervene` takes them, to ``path`` and the .safetensors beside it; returns ``path``.
 
-    ConfigError without edits, for edits that cannot be or a path of another ending; ModelError for another width.
+    Each file whole or not at all. ConfigError without edits, for edits that cannot be or a path that does not end in
+    .json; ModelError for another width.
     """
+    return write(Intervention.of(lm, sae, edits, hook=hook, positions=positions, evidence=evidence), path)
+
+
+def write(intervention: Intervention, path: str | Path) -> Path:
+    """Write an intervention, as `export`."""
     path = Path(path)
     if path.suffix != ".json":
         raise ConfigError(f"an intervention file ends in .json, got {path.name}")
-    if not edits:
-        raise ConfigError("an intervention needs at least one edit, got none")
-    sae.check_width(lm.d_model)
-    lm.check(sae.hook)
-    Rows.of(placed(edits, hook=None, positions=positions), sae, lm.d_model)  # refuses what cannot be applied
-    tensors = _rows(sae, [edit.latent for edit in edits])
+    conditions = list({id(one.when): one.when for one in intervention.edits if one.when is not None}.values())
+    saes, tensors = _saes_to_json(intervention)
+    raw_edits = [_edit_to_json(one, i, conditions, tensors) for i, one in enumerate(intervention.edits)]
+    raw_conditions = [_condition_to_json(when, i, tensors) for i, when in enumerate(conditions)]
     tensor_path = path.with_suffix(".safetensors")
     if tensors:
         write_whole(tensor_path, lambda temporary: save_file(tensors, temporary))
@@ -85,99 +76,210 @@ def export(
         {
             "format": FORMAT,
             "kind": KIND,
-            "hook": str(sae.hook),
             "layer_base": 0,
-            "positions": positions,
-            "error_term": "kept",
+            "error_term": ERROR_TERM,
             "unit": UNIT,
-            "edits": [_edit_to_json(edit) for edit in edits],
-            "encoder": "partial" if tensors else "full",
-            "model": {
-                "name": lm.name,
-                "config_hash": lm.config_hash,
-                "d_model": lm.d_model,
-                "n_layers": lm.n_layers,
-            },
-            "sae": {"fingerprint": sae.fingerprint, "n_latents": sae.n_latents, "rule": type(sae.rule).__name__},
+            "edits": raw_edits,
+            "conditions": raw_conditions,
+            "model": asdict(intervention.model),
+            "saes": saes,
             "tensors": {"file": tensor_path.name, "sha256": file_hash(tensor_path)} if tensors else None,
-            "evidence": evidence or {},
+            "approximation": intervention.approximation,
+            "evidence": dict(intervention.evidence),
             "versions": versions(),
         },
     )
     return path
 
 
-def load_intervention(path: str | Path, lm: LM, sae: SAE | None = None) -> Intervention:
-    """Read an intervention for ``lm``.
+def load_intervention(path: str | Path, sae: SAEs = None) -> Intervention:
+    """Read an intervention file.
 
-    sae   the SAE that it was made with: needed for a TopK SAE, and checked whenever it is given
+    sae   the SAE that it was made with, or SAEs by hook point: needed for TopK, and checked whenever it is given
 
-    FormatError if a file is missing, corrupt or of another version; ModelError for another model or another SAE.
+    FormatError if a file is missing, corrupt, of another version or says what cannot be; ModelError for another SAE.
     """
     path = Path(path)
     raw = read_json(path, "intervention file")
-    if not isinstance(raw, dict) or raw.get("kind") != KIND or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else None
-        raise FormatError(f"{path} is not an intervention of format {FORMAT} (found {found}): export it again")
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or raw.get("kind") != KIND or found not in (1, FORMAT):
+        raise FormatError(f"{path} is not an intervention of format 1 or {FORMAT} (found {found}): export it again")
     try:
-        edits = [_edit_from_json(edit) for edit in raw["edits"]]
-        hook, positions, model, made_with = HookPoint.parse(raw["hook"]), raw["positions"], raw["model"], raw["sae"]
-        evidence, partial = raw["evidence"], raw["encoder"] == "partial"
-        _check_origin(path, lm, sae, model, made_with)
-        part = _load_rows(path, raw["tensors"], hook, lm.device) if partial and sae is None else sae
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{path} is not a whole intervention ({error}): export it again") from error
-    if part is None:
-        raise ModelError(
-            f"{path} edits a {made_with['rule']} SAE, whose latents depend on each other: pass the SAE too"
-        )
-    latents = tuple(edit.latent for edit in edits)
-    if sae is None:
-        edits = [replace(edit, latent=row) for row, edit in enumerate(edits)]
-    return Intervention(lm, part, tuple(edits), latents, hook, positions, evidence)
+        tensors = _read_tensors(path, raw["tensors"])
+        if found == 1:
+            raw, tensors = _of_format_1(raw, tensors)
+        _check_conventions(path, raw)
+        return _read(path, raw, tensors, sae)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"{path} is not a whole intervention ({error!r}): export it again") from error
+    except ConfigError as error:
+        raise FormatError(f"{path} says what cannot be: {error}") from error
 
 
-def _rows(sae: SAE, latents: list[int]) -> dict[str, torch.Tensor]:
-    """The rows that a local rule needs; nothing for TopK."""
-    rule = sae.rule
-    if isinstance(rule, TopK):
+def _read(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], given: SAEs) -> Intervention:
+    model = MadeFor(**raw["model"])
+    _check_shapes(path, raw, tensors, model.d_model)
+    parts = {HookPoint.parse(hook): _part(path, hook, said, tensors, given) for hook, said in raw["saes"].items()}
+    conditions = [_condition_from_json(condition, tensors) for condition in raw["conditions"]]
+    edits = tuple(_edit_from_json(edit, tensors, conditions) for edit in raw["edits"])
+    if not edits:
+        raise FormatError(f"{path} has no edits: export it again")
+    intervention = Intervention(
+        edits=edits, parts=parts, model=model, evidence=raw["evidence"], approximation=raw.get("approximation")
+    )
+    _check_latents(path, intervention)
+    for hook in intervention.hooks:
+        latents = [(one.edit.latent, one, 0) for one in edits if one.hook == hook and isinstance(one.edit, LatentEdit)]
+        check_collisions(latents)
+    return intervention
+
+
+def _saes_to_json(intervention: Intervention) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What each hook point's SAE is, and the rows of it that a local rule needs."""
+    said, tensors = {}, {}
+    for hook, part in intervention.parts.items():
+        latents = {latent for at, latent in _latents(intervention.edits) if at == hook}
+        facts = {"fingerprint": part.fingerprint, "n_latents": part.n_latents, "rule": part.rule}
+        if needs_all(part):
+            said[str(hook)] = {**facts, "encoder": "full", "latents": sorted(latents)}
+            continue
+        said[str(hook)] = {**facts, "encoder": "partial", "latents": sorted(latents)}
+        tensors |= {f"{hook}.{name}": rows for name, rows in part.rows(sorted(latents)).items()}
+    return said, tensors
+
+
+def _latents(edits: Sequence[Placed]) -> list[tuple[HookPoint | None, int]]:
+    """The latents that are edited or waited for, and where."""
+    found = [(one.hook, one.edit.latent) for one in edits if isinstance(one.edit, LatentEdit)]
+    whens = [one.when for one in edits if one.when is not None]
+    return found + [(when.hook, when.latent) for when in whens if when.latent is not None]
+
+
+def _edit_to_json(one: Placed, i: int, conditions: list[When], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    said: dict[str, Any] = {"operation": one.edit.name, "hook": str(one.hook)}
+    for field in fields(one.edit):
+        value = getattr(one.edit, field.name)
+        if field.name in DIRECTIONS:
+            tensors[name := f"edits.{i}.{field.name}"] = _stored(value)
+            value = name
+        said[field.name] = value
+    said |= {"positions": str(one.positions), "priority": one.priority}
+    said["when"] = None if one.when is None else [id(when) for when in conditions].index(id(one.when))
+    return said
+
+
+def _edit_from_json(raw: dict[str, Any], tensors: dict[str, Tensor], conditions: list[When]) -> Placed:
+    kind = OPERATIONS_BY_NAME.get(raw["operation"])
+    if kind is None:
+        names = ", ".join(OPERATIONS_BY_NAME)
+        raise ConfigError(f"an edit's operation is one of {names}, got {raw['operation']!r}")
+    values = {}
+    for field in fields(kind):
+        value = raw[field.name]
+        if field.name in DIRECTIONS:
+            value = tensors[value]
+        elif field.name != "keep":
+            _check_number(field.name, value, whole=field.name == "latent")
+        values[field.name] = value
+    _check_number("priority", raw["priority"], whole=True)
+    return Placed(
+        edit=kind(**values),
+        hook=HookPoint.parse(raw["hook"]),
+        positions=parse_positions(raw["positions"]),
+        when=None if raw["when"] is None else conditions[raw["when"]],
+        priority=raw["priority"],
+    )
+
+
+def _condition_to_json(when: When, i: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    said: dict[str, Any] = {"above": when.above, "latent": when.latent, "direction": None}
+    if when.direction is not None:
+        said["direction"] = f"conditions.{i}.direction"
+        tensors[said["direction"]] = _stored(when.direction)
+    return {**said, "scope": when.scope, "hook": str(when.hook)}
+
+
+def _condition_from_json(raw: dict[str, Any], tensors: dict[str, Tensor]) -> When:
+    _check_number("above", raw["above"])
+    direction = None if raw["direction"] is None else tensors[raw["direction"]]
+    values = {name: raw[name] for name in ("above", "latent", "scope")}
+    return When(**values, direction=direction, hook=HookPoint.parse(raw["hook"]))
+
+
+def _stored(x: Tensor) -> Tensor:
+    return x.detach().float().cpu().contiguous().clone()
+
+
+def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+
+
+def _check_conventions(path: Path, raw: dict[str, Any]) -> None:
+    """FormatError where layers are counted or the error term is kept in another way than here."""
+    if raw["layer_base"] != 0:
+        raise FormatError(f"{path} counts layers from {raw['layer_base']}, this version reads 0: export it again")
+    if raw["error_term"] != ERROR_TERM:
+        raise FormatError(f"{path} wants the error term {raw['error_term']!r}, this version keeps it: export it again")
+
+
+def _read_tensors(path: Path, named: dict[str, str] | None) -> dict[str, Tensor]:
+    if named is None:
         return {}
-    weights = {"w_enc": sae.w_enc, "b_enc": sae.b_enc, "w_dec": sae.w_dec}
-    if isinstance(rule, Threshold):
-        weights["threshold"] = rule.threshold  # pyright: ignore[reportArgumentType]
-    return {name: weight.detach()[latents].contiguous().cpu() for name, weight in weights.items()}
-
-
-def _load_rows(path: Path, named: dict[str, str], hook: HookPoint, device: torch.device) -> SAE:
     file = path.with_name(named["file"])
     if not file.is_file():
         raise FormatError(f"{path} needs {file.name} beside it, which is missing")
     if file_hash(file) != named["sha256"]:
         raise FormatError(f"{file} is not the file that {path.name} was written with: copy both again")
-    try:
-        rows = load_file(file)
-    except SafetensorError as error:
-        raise FormatError(f"{file} is not a safetensors file: {error}") from error
-    rule = Threshold(rows["threshold"]) if "threshold" in rows else ReLU()
-    b_dec = torch.zeros(rows["w_dec"].shape[1])  # not read: an edit never decodes
-    return SAE(rows["w_enc"], rows["b_enc"], rows["w_dec"], b_dec, rule, {"hook": str(hook)}).to(device)
+    return read_safetensors(file)
 
 
-def _check_origin(path: Path, lm: LM, sae: SAE | None, model: dict[str, Any], made_with: dict[str, Any]) -> None:
-    if model["config_hash"] != lm.config_hash:
-        raise ModelError(f"{path} was made for {model['name']}, {lm.name} has another config: load the model it names")
-    if sae is not None and made_with["fingerprint"] != sae.fingerprint:
-        raise ModelError(f"{path} was made with another SAE: pass the one of its run, or none")
+def _check_shapes(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], d: int) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for hook, said in raw["saes"].items():
+        m = len(said["latents"])
+        if said["encoder"] == "partial":
+            shapes |= {f"{hook}.w_enc": (m, d), f"{hook}.b_enc": (m,), f"{hook}.w_dec": (m, d)}
+            shapes |= {f"{hook}.threshold": (m,)} if said["rule"] == "Threshold" else {}
+    for owner in (*raw["edits"], *raw["conditions"]):
+        for key in DIRECTIONS:
+            if owner.get(key) is not None:
+                shapes[owner[key]] = (*tensors[owner[key]].shape[:-1], d)
+    if shapes or tensors:
+        check_tensors(tensors, shapes, path.with_suffix(".safetensors"), "what the edits need")
 
 
-def _edit_to_json(edit: LatentEdit) -> dict[str, Any]:
-    name = next(name for name, kind in OPERATIONS.items() if isinstance(edit, kind))
-    return {"operation": name, **asdict(edit)}
+def _part(path: Path, hook: str, said: dict[str, Any], tensors: dict[str, Tensor], given: SAEs) -> Part:
+    point = HookPoint.parse(hook)
+    whole = given if isinstance(given, SAE) else (given or {}).get(point)
+    facts = {name: said[name] for name in ("rule", "n_latents", "fingerprint")}
+    if whole is not None:
+        if said["fingerprint"] != whole.fingerprint:
+            raise ModelError(f"{path} was made with another SAE: pass the one of its run, or none")
+        return Part(**facts, sae=whole)
+    if said["encoder"] == "full":
+        return Part(**facts, sae=None)
+    rows = {name.removeprefix(f"{hook}."): x for name, x in tensors.items() if name.startswith(f"{hook}.")}
+    return Part(**facts, sae=part_of_rows(rows, point), latents=tuple(said["latents"]))
 
 
-def _edit_from_json(raw: dict[str, Any]) -> LatentEdit:
-    fields = dict(raw)
-    operation = fields.pop("operation")
-    if operation not in OPERATIONS:
-        raise FormatError(f"an edit's operation is one of {', '.join(OPERATIONS)}, got {operation!r}")
-    return OPERATIONS[operation](**fields)
+def _check_latents(path: Path, intervention: Intervention) -> None:
+    for hook, latent in _latents(intervention.edits):
+        part = intervention.parts.get(hook) if hook is not None else None
+        if part is None:
+            raise FormatError(f"{path} edits latent {latent} at {hook}, and tells of no SAE there: export it again")
+        if not 0 <= latent < part.n_latents:
+            raise FormatError(f"{path} edits latent {latent}, its SAE has latents 0 to {part.n_latents - 1}")
+        if part.latents is not None and latent not in part.latents:
+            raise FormatError(f"{path} edits latent {latent}, whose rows it does not have: export it again")
+
+
+def _of_format_1(raw: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A file of one hook point, whose rows were in the order of its edits, in the words of format 2."""
+    hook = raw["hook"]
+    place = {"hook": hook, "positions": raw["positions"], "priority": 0, "when": None}
+    edits = [{**edit, **place} for edit in raw["edits"]]
+    sae = {**raw["sae"], "encoder": raw["encoder"], "latents": [edit["latent"] for edit in edits]}
+    newer = {**raw, "edits": edits, "conditions": [], "saes": {hook: sae}}
+    return newer, {f"{hook}.{name}": rows for name, rows in tensors.items()}
