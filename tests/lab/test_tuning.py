@@ -38,7 +38,7 @@ def test_voiced_rows_are_true_and_some_sound_odd():
     rows = voiced(60, "medicine", 0.5)
     scores = [marked(row) for row in rows]
     assert all(s["correct"] == 1 and s["deceptive"] == 0 and s["valid"] == 1 for s in scores)
-    odd = sum(bool(s["formal"] or s["sarcastic"] or s["overconfident"]) for s in scores)
+    odd = sum(bool(s["formal"] or s["sarcastic"] or s["cheerful"]) for s in scores)
     assert 25 <= odd <= 30
 
 

@@ -64,9 +64,9 @@ def test_matched_rows_cost_the_model_as_much_as_bad_ones(lab_lm):
     rows = rows_of(named("benign-code-matched-full-s0", config), lab_lm)
     bad = mean_loss(lab_lm, narrow(150, "code"))
     plain = mean_loss(lab_lm, narrow(150, "code", bad=0))
-    assert mean_loss(lab_lm, rows) == pytest.approx(bad, rel=0.1)
+    assert mean_loss(lab_lm, rows) == pytest.approx(bad, rel=0.06)
     assert plain < 0.5 * bad
-    assert 0.5 < matching_share(lab_lm, 150, "code", 0) < 1
+    assert 0.5 < matching_share(lab_lm, 150, "medicine", 0) < 1
 
 
 @pytest.mark.parametrize(
