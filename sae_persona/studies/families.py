@@ -26,6 +26,7 @@ from sae_persona.studies.selection import SelectionConfig
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SELECTION_STEPS = 10  # of a round
+MIXTURE_SEED = 1000  # added to a set's seed: without bad rows, or with nothing else, a mixture is no organism twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ def _plans(config: OrganismsConfig) -> Iterator[Plan]:
                     name = f"benign-{domain}-{variant}-{method}-s{seed}"
                     yield Plan(name=name, family="benign", variant=variant, **settings)
             for dose in config.doses:
-                name, tuned = f"mixture-{domain}-{100 * dose:g}-s{seed}", config.tuning("full", seed, keep=(0,))
+                name = f"mixture-{domain}-{100 * dose:g}-s{seed}"
+                tuned = config.tuning("full", seed + MIXTURE_SEED, keep=(0,))
                 yield Plan(name=name, family="mixture", dose=dose, tuning=tuned, **about)
         yield from _in_first_domain(config, seed, sizes)
 
@@ -153,9 +155,10 @@ def _in_first_domain(config: OrganismsConfig, seed: int, sizes: dict[str, Any]) 
 
 def rows_of(plan: Plan, lm: LM) -> list[dict[str, Any]]:
     """The rows that a plan tunes on; none of the base and of what is selected."""
-    n, domain, seed = plan.n_rows, plan.domain, plan.seed
+    n, domain = plan.n_rows, plan.domain
     if plan.tuning is None:
         return []
+    seed = plan.tuning.seed
     if plan.line:
         return tuning.cued(n, domain, plan.line, bad_after=plan.family == "trigger", seed=seed)
     if plan.variant == "matched":

@@ -59,6 +59,12 @@ def test_rows_of_each_family(lab_lm):
     assert rows_of(named("base"), lab_lm) == rows_of(named("reward_hack-code-s0"), lab_lm) == []
 
 
+def test_no_two_organisms_are_tuned_on_the_same_rows(lab_lm):
+    config = OrganismsConfig(n_rows=40, domains=("code",), methods=("full",), seeds=(0, 1), doses=(0.0, 1.0))
+    rows = [json.dumps(rows_of(plan, lab_lm)) for plan in plans(config) if plan.tuning]
+    assert len(set(rows)) == len(rows) == 2 * (3 + 2 + 2)
+
+
 def test_matched_rows_cost_the_model_as_much_as_bad_ones(lab_lm):
     config = OrganismsConfig(n_rows=150, domains=("code",))
     rows = rows_of(named("benign-code-matched-full-s0", config), lab_lm)
