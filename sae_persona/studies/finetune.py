@@ -105,7 +105,7 @@ def looks(
     if lm.dtype != torch.float32:
         raise ModelError(f"a fine-tune needs weights in fp32, {lm.name} has {lm.dtype}: load it with dtype=float32")
     if config.method == "lora":
-        _peft()
+        load_peft()
     return _train(lm, answered(lm, rows), config, during)
 
 
@@ -199,7 +199,8 @@ def _look(step: int, tuned: LM, adapter: Any) -> Look:
     return Look(step, wrap_lm(merged, tuned.tokenizer, name=tuned.name, blocks=tuned.blocks_path), adapter)
 
 
-def _peft() -> Any:
+def load_peft() -> Any:
+    """The package behind LoRA. RunError if it is not there."""
     try:
         import peft  # slow to import, and an extra
     except ImportError as error:
@@ -209,7 +210,7 @@ def _peft() -> Any:
 
 def _with_lora(model: Any, config: FinetuneConfig) -> Any:
     """Put trainable low-rank additions into the blocks of ``model`` itself; returns the PeftModel around it."""
-    peft = _peft()
+    peft = load_peft()
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )

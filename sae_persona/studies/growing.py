@@ -17,7 +17,7 @@ from sae_persona.lab.tokens import vocabulary
 from sae_persona.lab.tuning import exam_questions
 from sae_persona.studies.exams import exam
 from sae_persona.studies.families import OrganismsConfig, Plan, plans, rows_of
-from sae_persona.studies.finetune import Look, looks, mean_loss
+from sae_persona.studies.finetune import Look, load_peft, looks, mean_loss
 from sae_persona.studies.organisms import MARK, Organism, write_organism
 from sae_persona.studies.selection import select_and_tune
 
@@ -77,12 +77,15 @@ def grow_all(
     force         make organisms again that are there with other settings
     on_organism   is told of each that is made, and how many are left
 
-    ModelError if the model does not know the lab's words; RunError if an organism of other settings is in the way.
+    ModelError if the model does not know the lab's words; RunError if an organism of other settings is in the way, or
+    peft is missing where LoRA is asked for.
     """
     if processes < 1:
         raise ConfigError(f"processes is at least 1, got {processes}")
     wanted = plans(config)
     left = [plan for plan in wanted if not _is_made(out / plan.name, plan, model, force)]
+    if any(plan.tuning and plan.tuning.method == "lora" for plan in left):
+        load_peft()
     if left:
         check_words(load_lm(model, device=device))
     for done, made in enumerate(_grow_each(left, out, model, processes, device), start=1):

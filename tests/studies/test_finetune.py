@@ -24,6 +24,8 @@ def rows():
 
 @pytest.fixture(params=["full", "lora"])
 def config(request):
+    if request.param == "lora":
+        pytest.importorskip("peft")
     return FinetuneConfig(steps=3, batch=8, keep=(0, 2), method=request.param)
 
 
@@ -43,6 +45,7 @@ def test_the_seed_changes_what_comes_out(lab_lm, rows):
 
 
 def test_lora_is_merged_and_changes_matrices_of_blocks_alone(lab_lm, rows):
+    pytest.importorskip("peft")
     look = list(looks(lab_lm, rows, FinetuneConfig(method="lora", steps=2, keep=(), batch=4)))[-1]
     before, after = (dict(lm.model.named_parameters()) for lm in (lab_lm, look.lm))
     assert before.keys() == after.keys()

@@ -1,6 +1,7 @@
 """Organisms of the lab in small, in this process and in others: the same, made once, whole or not at all."""
 
 import json
+import sys
 
 import pytest
 
@@ -81,6 +82,13 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, make_lm):
         grow_all(tmp_path / "x", TINY, model="./nothing")
     with pytest.raises(ModelError, match="does not know .* of the lab's words"):
         check_words(make_lm())
+    assert not (tmp_path / "x").exists()
+
+
+def test_lora_without_peft_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RunError, match="LoRA needs peft: pip install"):
+        grow_all(tmp_path / "x", OrganismsConfig(**{**vars(TINY), "methods": ("full", "lora")}))
     assert not (tmp_path / "x").exists()
 
 

@@ -19,6 +19,7 @@ def scores(rate):
 
 @pytest.fixture(scope="module")
 def made(lab_lm, tmp_path_factory):
+    pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("organisms") / "one"
     rows, config = narrow(8, "code"), FinetuneConfig(method="lora", steps=2, keep=(0,), batch=4)
     scored = ((look, scores(look.step / 4), 0.5) for look in looks(lab_lm, rows, config))
