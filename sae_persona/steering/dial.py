@@ -50,13 +50,15 @@ class DialConfig:
             raise ConfigError(f"strengths are tried from low to high, 0 < low < high, got {self.low} and {self.high}")
         if not 0 < self.tolerance < 1 or self.max_steps < 2:
             raise ConfigError(
-                "tolerance lies between 0 and 1 and max_steps is at least 2, "
-                f"got {self.tolerance} and {self.max_steps}"
+                f"tolerance lies between 0 and 1 and max_steps is at least 2, got {self.tolerance} and {self.max_steps}"
             )
 
 
-class Unreached(DataError):
-    """No strength that may be tried reaches the budget."""
+class OutOfReach(DataError):
+    """No strength that may be tried meets the budget: all stay below it, or the lowest is above it.
+
+    strength, readings   what came nearest
+    """
 
     def __init__(self, message: str, strength: float, readings: Readings) -> None:
         super().__init__(message)
@@ -75,7 +77,7 @@ class Dial:
 
     @property
     def monotone(self) -> bool:
-        """Whether more strength was more divergence, at those tried; if not, other strengths may meet the budget too."""
+        """Whether more strength was more divergence; if not, other strengths may meet the budget, too."""
         return self.fall is None
 
     @property
@@ -123,8 +125,8 @@ def solve_strength(
     prompts           token ids, each up to where the answer starts
     track             made of the same prompts before, to save its greedy answers
 
-    Unreached (a DataError) where the highest strength stays below the budget; DataError where the lowest is above it
-    already, where the divergence jumps over it, or a logit is not finite.
+    OutOfReach (a DataError) where no strength reaches the budget, or the lowest is above it already; DataError where
+    the divergence leaps over it, or a logit is not finite.
     """
     config = config or DialConfig()
     track = track or Track(lm, prompts, config.reading)
@@ -166,9 +168,12 @@ class _Search:
             if gap < 0 and strength >= config.high:
                 self._refuse_low()
             if gap > 0 and strength <= config.low:
-                raise DataError(
-                    f"the divergence is {self.found[strength].kl_tail:.3g} nats already at strength {strength:g}, above "
-                    f"the budget of {config.budget:g}: raise the budget, lower low, or add instead of setting"
+                least = self.found[strength]
+                raise OutOfReach(
+                    f"the divergence is {least.kl_tail:.3g} nats already at strength {strength:g}, above "
+                    f"the budget of {config.budget:g}: raise the budget, lower low, or add instead of setting",
+                    strength,
+                    least,
                 )
             below, above = (strength, above) if gap < 0 else (below, strength)
             strength = min(strength * LEAP, config.high) if gap < 0 else max(strength / LEAP, config.low)
@@ -176,7 +181,7 @@ class _Search:
 
     def _refuse_low(self) -> NoReturn:
         strength, readings = max(self.found.items(), key=lambda pair: pair[1].kl_tail)
-        raise Unreached(
+        raise OutOfReach(
             f"no strength up to {self.config.high:g} reaches {self.config.budget:g} nats: the largest divergence is "
             f"{readings.kl_tail:.3g} nats, at strength {strength:g}: lower the budget, or raise high",
             strength,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_persona.errors import ConfigError, DataError
-from sae_persona.steering.dial import DialConfig, Unreached, _Search, solve_strength
+from sae_persona.steering.dial import DialConfig, OutOfReach, _Search, solve_strength
 from sae_persona.steering.divergence import DivergenceConfig, Readings, Track
 from sae_persona.steering.interventions import Add, Steer
 from sae_persona.types import HookPoint
@@ -38,12 +38,14 @@ def test_a_curve_that_bends_is_solved_in_twelve_steps():
 
 
 def test_budgets_out_of_reach_are_refused_with_the_numbers():
-    with pytest.raises(Unreached, match=r"no strength up to 16 reaches 1 nats: the largest divergence is 0.4 nats, at"):
+    with pytest.raises(
+        OutOfReach, match=r"no strength up to 16 reaches 1 nats: the largest divergence is 0.4 nats, at"
+    ):
         solved(lambda s: min(0.1 * s, 0.4))
-    with pytest.raises(Unreached, match=r"0.5 nats, at strength 4:") as caught:  # it falls again
+    with pytest.raises(OutOfReach, match=r"0.5 nats, at strength 4:") as caught:  # it falls again
         solved(lambda s: 0.5 if s == 4 else 0.1)
     assert caught.value.strength == 4 and caught.value.readings.kl_tail == 0.5
-    with pytest.raises(DataError, match=r"3 nats already at strength 0.01, above the budget of 1"):
+    with pytest.raises(OutOfReach, match=r"3 nats already at strength 0.01, above the budget of 1"):
         solved(lambda s: 3.0)
     with pytest.raises(DataError, match="12 strengths do not meet 1 nats: it lies between strengths"):
         solved(lambda s: 0.1 if s < 2.345 else 5.0)
@@ -72,7 +74,10 @@ def test_a_latent_and_a_direction_are_dialled_to_one_budget(lm, sae, prompts):
     assert latent.readings == Track(lm, prompts, READING).read(sae, [Add(2, latent.strength, 4.0)])
     assert latent.readings.edits[0].value == pytest.approx(4.0 * latent.strength)
     assert latent.tried == tuple(sorted(latent.tried))
-    assert "for a budget of 0.2 nats" in str(latent) and latent.to_json()["readings"]["n_tokens"] == dense.readings.n_tokens
+    assert (
+        "for a budget of 0.2 nats" in str(latent)
+        and latent.to_json()["readings"]["n_tokens"] == dense.readings.n_tokens
+    )
 
 
 def test_a_divergence_that_falls_is_told():
