@@ -38,9 +38,14 @@ if TYPE_CHECKING:
     from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
     from sae_persona.steering.apply import intervene_rows as intervene_rows
+    from sae_persona.steering.compose import compose as compose
     from sae_persona.steering.conditions import When as When
+    from sae_persona.steering.dial import DialConfig as DialConfig
+    from sae_persona.steering.dial import solve_strength as solve_strength
     from sae_persona.steering.export.native import export as export
     from sae_persona.steering.export.native import load_intervention as load_intervention
+    from sae_persona.steering.interference import Ingredient as Ingredient
+    from sae_persona.steering.interference import Mix as Mix
     from sae_persona.steering.interventions import Ablate as Ablate
     from sae_persona.steering.interventions import Add as Add
     from sae_persona.steering.interventions import Cap as Cap
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
     from sae_persona.steering.interventions import Scale as Scale
     from sae_persona.steering.interventions import Steer as Steer
     from sae_persona.steering.positions import Spans as Spans
+    from sae_persona.steering.solver import Targets as Targets
     from sae_persona.steering.sweep import SweepConfig as SweepConfig
     from sae_persona.steering.sweep import sweep as sweep
     from sae_persona.types import HookPoint as HookPoint
@@ -79,8 +85,11 @@ _HOMES = {
     "sae.train": ("Job", "train", "train_many"),
     "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene", "intervene_rows"),
+    "steering.compose": ("compose",),
     "steering.conditions": ("When",),
+    "steering.dial": ("DialConfig", "solve_strength"),
     "steering.export.native": ("export", "load_intervention"),
+    "steering.interference": ("Ingredient", "Mix"),
     "steering.interventions": (
         "Ablate",
         "Add",
@@ -96,6 +105,7 @@ _HOMES = {
         "Steer",
     ),
     "steering.positions": ("Spans",),
+    "steering.solver": ("Targets",),
     "steering.sweep": ("SweepConfig", "sweep"),
     "types": ("HookPoint", "SparseLatents"),
 }

@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import cli_training, pipeline
+from sae_persona import cli_strength, cli_training, pipeline
 from sae_persona.activations.lm import load_lm
 from sae_persona.attribution.rank import RankConfig
-from sae_persona.cli_options import AsJson, Device, Force, Texts, say, show_result
+from sae_persona.cli_options import AsJson, Device, Force, Persona, RunPath, Texts, Where, say, show_result
 from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.flags import with_flags
@@ -26,8 +26,6 @@ from sae_persona.runs import Run
 from sae_persona.sae.checkpoints import Interrupted
 from sae_persona.sae.formats import is_sae
 from sae_persona.steering.answers import AnswerConfig
-from sae_persona.steering.positions import Positions
-from sae_persona.steering.sweep import SweepConfig
 from sae_persona.training import open_model
 
 app = typer.Typer(
@@ -39,9 +37,8 @@ app = typer.Typer(
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
 cli_training.add_to(app)
+cli_strength.add_to(app)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
 Edits = Annotated[
     list[str],
     typer.Option(
@@ -50,9 +47,6 @@ Edits = Annotated[
         "LATENT is a number, or a persona that was ranked: its best rising latent. Strength 1 is the latent's 99.9th "
         "percentile, factor 1 changes nothing. May be given several times.",
     ),
-]
-Where = Annotated[
-    Positions, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
 ]
 
 
@@ -213,47 +207,6 @@ def try_(
     width = max(len(before) for before, _ in pairs)
     table = "\n".join(f"{before:{width}}  ->  {after}" for before, after in pairs)
     show_result(table, [{"before": before, "after": after} for before, after in pairs], as_json)
-
-
-@app.command()
-@with_flags(skip={"config": {"answers"}}, config=SweepConfig, answers=AnswerConfig)
-def sweep(
-    run: RunPath,
-    persona: Persona,
-    development: Annotated[Path, typer.Argument(metavar="DEVELOPMENT", help="Questions that choose the strength.")],
-    test: Annotated[Path, typer.Argument(metavar="TEST", help="Other questions, which the result is measured on.")],
-    config: SweepConfig,
-    answers: AnswerConfig,
-    judge: Annotated[str, typer.Option(help='lab, or a JSON file {"PERSONA": ["word", ...]}.')] = "lab",
-    prompt: Annotated[str | None, typer.Option(help="System message that asks for the persona.")] = None,
-    candidates: Annotated[int, typer.Option(help="Best-ranked latents to choose from.")] = 3,
-    latent: Annotated[int | None, typer.Option(help="Clamp this latent, and choose only its strength.")] = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Strength against effect and cost, for a latent and everything that it has to beat."""
-    from sae_persona.steering.judges import load_judge
-
-    opened = Run.open(run)
-    rules = load_judge(judge)
-    lm = open_model(opened, device=device)
-    result = pipeline.sweep_stage(
-        opened,
-        lm,
-        persona,
-        development=pipeline.questions_of(development),
-        test=pipeline.questions_of(test),
-        judge=rules,
-        config=replace(config, answers=answers),
-        persona_prompt=prompt,
-        n_candidates=candidates,
-        latent=latent,
-        on_arm=lambda arm: say(f"{arm.part} {arm.kind} {arm.strength or ''} rate {arm.rate.value:.2f}"),
-    )
-    show_result(result, result.to_json(), as_json)
-    if result.chosen.gain.low <= 0:
-        say(f"no strength within {config.max_cost:g} x perplexity raises {persona} for certain")
-        raise typer.Exit(1)
 
 
 @app.command()

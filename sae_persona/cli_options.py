@@ -1,11 +1,19 @@
 """What several commands share: options, and where their words go."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sae_persona.steering.positions import Positions
+
 Texts = "a .txt (a text a line), .jsonl or .parquet file, a folder of such, a data set on disk, or hub:ORG/NAME[:SPLIT]"
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
+Where = Annotated[
+    Positions, typer.Option(help="Tokens that are edited: answer (from the token before it), pre, generated or all.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is at --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]

@@ -27,6 +27,7 @@ from sae_persona.steering.arms import Arm, Sweep
 from sae_persona.steering.export.native import export
 from sae_persona.steering.interventions import Clamp, LatentEdit, parse_edit
 from sae_persona.steering.positions import Positions
+from sae_persona.steering.side_effects import HeldOut
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
 from sae_persona.training import Source, input_facts, open_sae
@@ -111,12 +112,16 @@ def sweep_stage(
     judge: Judge,
     config: SweepConfig,
     persona_prompt: str | None = None,
+    held_out: Source | None = None,
     n_candidates: int = 3,
     latent: int | None = None,
     found: Measurement | None = None,
     on_arm: Callable[[Arm], None] | None = None,
 ) -> Sweep:
-    """Choose a latent and a strength for a persona, and measure them beside their controls."""
+    """Choose a latent and a strength for a persona, and measure them beside their controls.
+
+    held_out   texts on which the cross entropy of the test arms is read
+    """
     with run.recording("sweep", persona=persona, config=asdict(config)) as facts:
         found, ranking = found or Measurement.load(run), open_ranking(run, persona)
         chosen = candidates(ranking, n_candidates, latent)
@@ -131,6 +136,7 @@ def sweep_stage(
             test=test,
             judge=judge,
             persona_prompt=persona_prompt,
+            held_out=None if held_out is None else HeldOut(lm, held_out),
             config=config,
             on_arm=on_arm,
         )

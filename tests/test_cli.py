@@ -13,6 +13,7 @@ from sae_persona.lab import corpora
 from sae_persona.runs import Run
 
 COMMANDS = ["demo", "lab", "train", "measure", "rank", "show", "try", "sweep", "export", "report"]
+COMMANDS += ["strength", "compose"]
 
 
 @pytest.fixture

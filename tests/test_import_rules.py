@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = [
     *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering"),
-    *("training", "pipeline", "report", "demo", "flags", "cli_options", "cli_training", "cli", "__main__"),
+    *("training", "pipeline", "dosing", "report", "demo", "flags", "cli_options", "cli_training", "cli_strength"),
+    *("cli", "__main__"),
 ]
 ONLY_IN = {
     "triton": {"sae_kernels"},
     "transformers": {"lab", "activations", "steering"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
-    "typer": {"flags", "cli_options", "cli_training", "cli"},
+    "typer": {"flags", "cli_options", "cli_training", "cli_strength", "cli"},
 }
 FILES = sorted([*(ROOT / "sae_persona").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 KERNELS_MAY = {"torch", "triton", "sae_kernels", "einops", *sys.stdlib_module_names}

@@ -54,11 +54,9 @@ class Replies:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self._known = path, {}
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if path is not None and path.exists():
             try:
-                with closing(sqlite3.connect(path)) as base, base:
-                    base.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+                with closing(sqlite3.connect(path)) as base:
                     self._known = dict(base.execute("SELECT key, reply FROM replies"))
             except sqlite3.Error as error:
                 raise FormatError(f"{path} is not a file of replies ({error}): remove it") from error
@@ -67,9 +65,12 @@ class Replies:
         return self._known.get(key)
 
     def put(self, key: str, reply: str) -> None:
+        """Keep a reply; on disk at once, whole or not at all."""
         self._known[key] = reply
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=60)) as base, base:
+                base.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
                 base.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
 
 

@@ -71,7 +71,7 @@ def test_has_every_part(page):
 
 def test_says_how_strong_each_arm_is(page):
     assert "How strong each arm is" in page.text and "wrong sign 3" in page.text
-    assert "1× 4 3.25 1.5 0.4 0.3" in page.text, "strength, activation set and read back, KL, its mean, ratio"
+    assert "1×43.25 1.50.40.3" in page.text, "cells: strength, activation set and read back; KL, its mean, ratio"
 
 
 def test_links_lead_somewhere(page):
