@@ -52,13 +52,18 @@ if TYPE_CHECKING:
     from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
     from sae_persona.steering.apply import intervene_rows as intervene_rows
+    from sae_persona.steering.compose import compose as compose
     from sae_persona.steering.conditions import When as When
+    from sae_persona.steering.dial import DialConfig as DialConfig
+    from sae_persona.steering.dial import solve_strength as solve_strength
     from sae_persona.steering.export.approximate import approximate as approximate
     from sae_persona.steering.export.formats import write_as as write_as
     from sae_persona.steering.export.importing import import_intervention as import_intervention
     from sae_persona.steering.export.intervention import Intervention as Intervention
     from sae_persona.steering.export.native import export as export
     from sae_persona.steering.export.native import load_intervention as load_intervention
+    from sae_persona.steering.interference import Ingredient as Ingredient
+    from sae_persona.steering.interference import Mix as Mix
     from sae_persona.steering.interventions import Ablate as Ablate
     from sae_persona.steering.interventions import Add as Add
     from sae_persona.steering.interventions import Cap as Cap
@@ -72,6 +77,7 @@ if TYPE_CHECKING:
     from sae_persona.steering.interventions import Scale as Scale
     from sae_persona.steering.interventions import Steer as Steer
     from sae_persona.steering.positions import Spans as Spans
+    from sae_persona.steering.solver import Targets as Targets
     from sae_persona.steering.sweep import SweepConfig as SweepConfig
     from sae_persona.steering.sweep import sweep as sweep
     from sae_persona.types import HookPoint as HookPoint
@@ -107,12 +113,15 @@ _HOMES = {
     "sae.train": ("Job", "train", "train_many"),
     "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene", "intervene_rows"),
+    "steering.compose": ("compose",),
     "steering.conditions": ("When",),
     "steering.export.approximate": ("approximate",),
     "steering.export.formats": ("write_as",),
     "steering.export.importing": ("import_intervention",),
     "steering.export.intervention": ("Intervention",),
+    "steering.dial": ("DialConfig", "solve_strength"),
     "steering.export.native": ("export", "load_intervention"),
+    "steering.interference": ("Ingredient", "Mix"),
     "steering.interventions": (
         "Ablate",
         "Add",
@@ -128,6 +137,7 @@ _HOMES = {
         "Steer",
     ),
     "steering.positions": ("Spans",),
+    "steering.solver": ("Targets",),
     "steering.sweep": ("SweepConfig", "sweep"),
     "types": ("HookPoint", "SparseLatents"),
 }

@@ -41,6 +41,7 @@ from sae_persona.steering.export.formats import write_as
 from sae_persona.steering.export.intervention import Intervention
 from sae_persona.steering.interventions import Clamp, LatentEdit, parse_edit
 from sae_persona.steering.positions import Positions, Spans
+from sae_persona.steering.side_effects import HeldOut
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
 from sae_persona.training import Source, input_facts, open_sae
@@ -246,12 +247,16 @@ def sweep_stage(
     judge: Judge,
     config: SweepConfig,
     persona_prompt: str | None = None,
+    held_out: Source | None = None,
     n_candidates: int = 3,
     latent: int | None = None,
     found: Measurement | None = None,
     on_arm: Callable[[Arm], None] | None = None,
 ) -> Sweep:
-    """Choose a latent and a strength for a persona, and measure them beside their controls."""
+    """Choose a latent and a strength for a persona, and measure them beside their controls.
+
+    held_out   texts on which the cross entropy of the test arms is read
+    """
     with run.recording("sweep", persona=persona, config=asdict(config)) as facts:
         sae = open_sae(run, lm)
         found, ranking = found or Measurement.load(run, sae), open_ranking(run, persona)
@@ -267,6 +272,7 @@ def sweep_stage(
             test=test,
             judge=judge,
             persona_prompt=persona_prompt,
+            held_out=None if held_out is None else HeldOut(lm, held_out),
             config=config,
             on_arm=on_arm,
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search", "steering")
+COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search", "strength", "steering")
 STAGES = [
     *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering"),
-    *("training", "pipeline", "describing", "indexes", "finding", "pairing", "report", "demo", "flags"),
+    *("training", "pipeline", "dosing", "describing", "indexes", "finding", "pairing", "report", "demo", "flags"),
     *(f"cli_{part}" for part in COMMANDS),
     *("cli", "__main__"),
 ]
