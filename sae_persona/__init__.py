@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sae_persona.features.scan import Scan as Scan
     from sae_persona.features.scan import ScanConfig as ScanConfig
     from sae_persona.features.stats import LatentStats as LatentStats
-    from sae_persona.finding import Search as Search
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
     from sae_persona.sae.checkpoints import Checkpoints as Checkpoints
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from sae_persona.sae.train import Job as Job
     from sae_persona.sae.train import train as train
     from sae_persona.sae.train import train_many as train_many
+    from sae_persona.stages.finding import Search as Search
     from sae_persona.steering.answers import answer as answer
     from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
@@ -102,7 +102,7 @@ _HOMES = {
     "features.matching": ("MatchConfig", "Matching", "match"),
     "features.query": ("Query",),
     "features.stats": ("LatentStats",),
-    "finding": ("Search",),
+    "stages.finding": ("Search",),
     "report.page": ("write_report",),
     "runs": ("Run",),
     "sae.checkpoints": ("Checkpoints",),

@@ -12,31 +12,33 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import (
-    cli_attribution,
-    cli_describe,
-    cli_features,
-    cli_labels,
-    cli_search,
-    cli_steering,
-    cli_strength,
-    cli_training,
-    pipeline,
-)
 from sae_persona.activations.lm import load_lm
-from sae_persona.cli_options import AsJson, Device, Edits, Force, RunPath, Texts, Where, say, show_answers, show_result
+from sae_persona.commands import attribution, describe, features, labels, search, steering, strength, training
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import (
+    AsJson,
+    Device,
+    Edits,
+    Force,
+    RunPath,
+    Texts,
+    Where,
+    say,
+    show_answers,
+    show_result,
+)
 from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.features.scan import findings
-from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
+from sae_persona.report import text
 from sae_persona.report.firing import FiringReport
-from sae_persona.report.text import describe, describe_latent, describe_sae
 from sae_persona.runs import Run
 from sae_persona.sae.checkpoints import Interrupted
 from sae_persona.sae.formats import is_sae
+from sae_persona.stages import pipeline
+from sae_persona.stages.training import open_model
 from sae_persona.steering.answers import AnswerConfig
-from sae_persona.training import open_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,16 +48,7 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (
-    cli_training,
-    cli_features,
-    cli_labels,
-    cli_attribution,
-    cli_describe,
-    cli_search,
-    cli_strength,
-    cli_steering,
-):
+for part in (training, features, labels, attribution, describe, search, strength, steering):
     part.add_to(app)
 
 
@@ -159,7 +152,7 @@ def show(
     """A run, one latent with its strongest contexts, an SAE by its config alone, or a model's hook points."""
     if not (Path(what) / "manifest.json").is_file():
         if is_sae(what):
-            show_result(*describe_sae(Path(what)), as_json)
+            show_result(*text.describe_sae(Path(what)), as_json)
             return
         lm = load_lm(what)
         points = [str(point) for point in lm.hook_points()]
@@ -168,10 +161,9 @@ def show(
         return
     run = Run.open(what)
     if latent is None:
-        show_result(describe(run), run.manifest, as_json)
+        show_result(text.describe(run), run.manifest, as_json)
         return
-    text, facts = describe_latent(run, open_model(run), latent, top)
-    show_result(text, facts, as_json)
+    show_result(*text.describe_latent(run, open_model(run), latent, top), as_json)
 
 
 @app.command()

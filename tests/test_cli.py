@@ -268,5 +268,5 @@ def test_a_sweep_is_dialled_to_a_budget(run, call, texts):
     assert all(abs(arm["readings"]["kl_tail"] - 0.5) < 0.03 for arm in dev) and len(dev) == 2
     assert all(arm["ce"] for arm in arms if arm["part"] == "test" and arm["kind"] != "prompt")
     code, shown, err = call("sweep", run.path, "formal", *asked, "--judge", "openai:m@nowhere")
-    assert (code, shown) == (2, "") and "MODEL@http" in err
+    assert (code, shown) == (2, "") and "an endpoint reads http:" in err
     assert call("report", run.path)[0] == 0

@@ -33,6 +33,7 @@ from sae_persona.features.pooled import Pooled
 from sae_persona.features.scan import Scan, ScanConfig, Share
 from sae_persona.runs import Run, file_hash
 from sae_persona.sae.formats import load_sae
+from sae_persona.stages.training import Source, input_facts, open_sae
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
@@ -44,7 +45,6 @@ from sae_persona.steering.positions import Positions, Spans
 from sae_persona.steering.side_effects import HeldOut
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
-from sae_persona.training import Source, input_facts, open_sae
 
 
 def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig) -> Measurement:

@@ -13,10 +13,10 @@ from sae_persona.errors import ConfigError, DataError, ModelError, RunError
 from sae_persona.features.descriptions import Description, Descriptions
 from sae_persona.features.measure import Measurement
 from sae_persona.features.query import Query
-from sae_persona.finding import Search
-from sae_persona.pipeline import mean_difference
 from sae_persona.runs import Run
 from sae_persona.sae.formats import load_sae
+from sae_persona.stages.finding import Search
+from sae_persona.stages.pipeline import mean_difference
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from sae_persona import pipeline
 from sae_persona.activations.lm import checked_device
 from sae_persona.activations.store import DTYPES
-from sae_persona.cli_options import AsJson, Device, DryRun, Texts, show_result, with_default
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import AsJson, Device, DryRun, Texts, show_result, with_default
 from sae_persona.errors import ConfigError
 from sae_persona.features.scan import Scan, ScanConfig, Share
-from sae_persona.flags import with_flags
 from sae_persona.report.firing import FiringReport
 from sae_persona.runs import Run
-from sae_persona.training import open_model
+from sae_persona.stages import pipeline
+from sae_persona.stages.training import open_model
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 

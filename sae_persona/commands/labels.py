@@ -12,9 +12,9 @@ from sae_persona.activations.texts import read_texts
 from sae_persona.attribution.label_check import CheckConfig, check_labels
 from sae_persona.attribution.label_join import join_labels
 from sae_persona.attribution.label_split import SplitConfig, split_dialogues
-from sae_persona.cli_options import AsJson, Texts, say, show_result
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import AsJson, Texts, say, show_result
 from sae_persona.errors import RunError
-from sae_persona.flags import with_flags
 from sae_persona.runs import write_text
 
 Dialogues = Annotated[Path, typer.Argument(metavar="DIALOGUES", help=f"Labelled rows: {Texts}.")]

@@ -17,7 +17,7 @@ from sae_persona.features.measure import MeasureConfig
 from sae_persona.runs import Run
 from sae_persona.sae.formats import load_sae
 from sae_persona.sae.model import SAE
-from sae_persona.training import Source, open_model
+from sae_persona.stages.training import Source, open_model
 from sae_persona.types import HookPoint
 
 

@@ -2,18 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from sae_persona import training
 from sae_persona.activations.lm import load_lm
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.errors import ModelError, RunError
 from sae_persona.features.measure import Measurement
 from sae_persona.lab import corpora
-from sae_persona.pipeline import candidates, edits_of, matched_latents, open_ranking, rates_at
 from sae_persona.runs import Run, write_json
 from sae_persona.sae.formats import load_sae
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.sae.train import Diverged
-from sae_persona.training import open_model
+from sae_persona.stages import training
+from sae_persona.stages.pipeline import candidates, edits_of, matched_latents, open_ranking, rates_at
+from sae_persona.stages.training import open_model
 from sae_persona.types import HookPoint
 
 

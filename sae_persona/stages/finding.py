@@ -21,11 +21,11 @@ from sae_persona.features.pooled import Pooled, to_csr
 from sae_persona.features.query import Hit, Query, within
 from sae_persona.features.search import RANKED, find_words, having_words, quoted
 from sae_persona.features.stats import LatentStats
-from sae_persona.indexes import open_dictionary, open_directions
-from sae_persona.pipeline import mean_difference, open_ranking
 from sae_persona.runs import Run
 from sae_persona.sae.model import SAE
-from sae_persona.training import open_model, open_sae
+from sae_persona.stages.indexes import open_dictionary, open_directions
+from sae_persona.stages.pipeline import mean_difference, open_ranking
+from sae_persona.stages.training import open_model, open_sae
 
 _SCORES = ("cosine", "surprise", "times", "z", "auroc", "p_max_t", "words")
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from sae_persona import pipeline
 from sae_persona.activations.lm import checked_device
 from sae_persona.attribution.causal import ScreenConfig
 from sae_persona.attribution.confounds import WordConfig
@@ -14,12 +13,13 @@ from sae_persona.attribution.rank import RankConfig
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.attribution.screens import Screen
 from sae_persona.attribution.stability import StabilityConfig, stability
-from sae_persona.cli_options import AsJson, Device, say, show_result
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import AsJson, Device, say, show_result
 from sae_persona.errors import ConfigError, FormatError, ModelError
-from sae_persona.flags import with_flags
 from sae_persona.runs import Run, read_json
 from sae_persona.sae.formats import load_sae
-from sae_persona.training import open_model
+from sae_persona.stages import pipeline
+from sae_persona.stages.training import open_model
 
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that was ranked.")]
 Pairs = (

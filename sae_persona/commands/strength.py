@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from sae_persona import dosing, pipeline
-from sae_persona.cli_options import AsJson, Device, Persona, RunPath, Texts, Where, say, show_result
-from sae_persona.flags import with_flags, words
+from sae_persona.commands.flags import with_flags, words
+from sae_persona.commands.options import AsJson, Device, Persona, RunPath, Texts, Where, say, show_result
 from sae_persona.runs import Run
+from sae_persona.stages import dosing, pipeline
+from sae_persona.stages.training import open_model
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.compose import ComposeConfig
 from sae_persona.steering.dial import DialConfig
@@ -18,7 +19,6 @@ from sae_persona.steering.judges import load_judge
 from sae_persona.steering.solver import Targets
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import SweepConfig
-from sae_persona.training import open_model
 
 JudgeName = Annotated[
     str,

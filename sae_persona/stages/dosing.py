@@ -9,8 +9,9 @@ from urllib.parse import quote
 from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.features.measure import Measurement
-from sae_persona.pipeline import chosen_clamp, edits_of, mean_difference, open_ranking
 from sae_persona.runs import Run, write_json
+from sae_persona.stages.pipeline import chosen_clamp, edits_of, mean_difference, open_ranking
+from sae_persona.stages.training import open_sae
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.arms import Sweep
 from sae_persona.steering.bench import Bench, Messages, Questions
@@ -22,7 +23,6 @@ from sae_persona.steering.interventions import Placed, Scale, Steer
 from sae_persona.steering.positions import Positions, Spans
 from sae_persona.steering.solver import Targets
 from sae_persona.steering.strength import Judge
-from sae_persona.training import open_sae
 
 
 def strength_stage(

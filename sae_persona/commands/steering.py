@@ -5,20 +5,20 @@ from typing import Annotated
 
 import typer
 
-from sae_persona import pipeline
 from sae_persona.activations.lm import load_lm
-from sae_persona.cli_options import AsJson, Device, Edits, RunPath, show_answers
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import AsJson, Device, Edits, RunPath, show_answers
 from sae_persona.errors import ConfigError, RunError
-from sae_persona.flags import with_flags
 from sae_persona.runs import Run
 from sae_persona.sae.formats import is_sae, load_sae
 from sae_persona.sae.model import SAE
+from sae_persona.stages import pipeline
+from sae_persona.stages.training import open_model
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.export.approximate import check_prompts
 from sae_persona.steering.export.formats import FORMATS, format_of
 from sae_persona.steering.export.importing import import_intervention
 from sae_persona.steering.positions import parse_positions
-from sae_persona.training import open_model
 
 At = "answer (from the token before it), pre, generated, prompt, all, every (BOS too), or spans START:STOP,..."
 

@@ -9,13 +9,12 @@ import torch
 import typer
 from tqdm import tqdm
 
-from sae_persona import training as stages
 from sae_persona.activations.lm import LM, checked_device, load_lm
 from sae_persona.activations.store import DTYPES, Store
 from sae_persona.activations.stream import StreamConfig
-from sae_persona.cli_options import AsJson, Device, DryRun, Force, Texts, say, show_result, with_default
+from sae_persona.commands.flags import counts, with_flags
+from sae_persona.commands.options import AsJson, Device, DryRun, Force, Texts, say, show_result, with_default
 from sae_persona.errors import ConfigError
-from sae_persona.flags import counts, with_flags
 from sae_persona.report.pareto import point_of, rows, write_pareto
 from sae_persona.report.text import describe
 from sae_persona.runs import Run
@@ -23,7 +22,8 @@ from sae_persona.sae.kernel_plan import KernelConfig
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.sae.shard import joined
 from sae_persona.sae.trackers import check_tracker
-from sae_persona.training import CacheConfig, PlaceConfig
+from sae_persona.stages import training as stages
+from sae_persona.stages.training import CacheConfig, PlaceConfig
 from sae_persona.types import HookPoint
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder in Hugging Face layout, hub id, or lab.")]

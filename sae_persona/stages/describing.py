@@ -13,9 +13,9 @@ from sae_persona.features.descriptions import Description, Descriptions
 from sae_persona.features.explain import ExplainConfig, Plan, Subject, explain, plan
 from sae_persona.features.explainers import Explainer
 from sae_persona.features.measure import Measurement
-from sae_persona.pipeline import open_ranking
 from sae_persona.runs import Run
-from sae_persona.training import open_sae
+from sae_persona.stages.pipeline import open_ranking
+from sae_persona.stages.training import open_sae
 
 Progress = Callable[[int], object]
 

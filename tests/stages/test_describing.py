@@ -6,14 +6,15 @@ import sys
 
 import pytest
 
-from sae_persona import cli, describing
+from sae_persona import cli
 from sae_persona.activations.lm import load_lm
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.features.descriptions import Descriptions
 from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.lab import corpora
-from sae_persona.pipeline import measure_stage
 from sae_persona.runs import write_json
+from sae_persona.stages import describing
+from sae_persona.stages.pipeline import measure_stage
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import describing
-from sae_persona.cli_options import AsJson, Device, DryRun, say, show_result
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import AsJson, Device, DryRun, say, show_result
 from sae_persona.errors import ConfigError
 from sae_persona.features.describe import DescribeConfig
 from sae_persona.features.descriptions import Description
 from sae_persona.features.explain import ExplainConfig
 from sae_persona.features.explainers import AskConfig, open_explainer
 from sae_persona.features.measure import Measurement
-from sae_persona.flags import with_flags
 from sae_persona.runs import Run
-from sae_persona.training import open_model
+from sae_persona.stages import describing
+from sae_persona.stages.training import open_model
 
 SHOWN = 20
 

@@ -5,15 +5,15 @@ from typing import Annotated
 
 import typer
 
-from sae_persona.cli_options import AsJson, Device, Texts, say, show_result
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import AsJson, Device, Texts, say, show_result
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.features.matching import MatchConfig
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.features.query import Hit, Order, Query, Range
 from sae_persona.features.vectors import read_vector
-from sae_persona.finding import Search
-from sae_persona.flags import with_flags
-from sae_persona.pairing import match_stage
+from sae_persona.stages.finding import Search
+from sae_persona.stages.pairing import match_stage
 
 Bounds = "LOW:HIGH, of which either may be left out"
 AROUND = 36

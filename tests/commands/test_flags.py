@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sae_persona.flags import count, counts, field_help, numbers, with_flags, words
+from sae_persona.commands.flags import count, counts, field_help, numbers, with_flags, words
 
 
 @dataclass(frozen=True, kw_only=True)
