@@ -75,7 +75,8 @@ class Solution:
     def __str__(self) -> str:
         said = {
             "met": "the targets are met",
-            "infeasible": f"infeasible: no strengths miss all targets by less than {self.least_shortfall:.2f}",
+            "infeasible": "infeasible: by the slopes measured here, no strengths up to the highest miss "
+            f"all targets by less than {self.least_shortfall:.2f}",
             "unmet": f"not met: the nearest strengths that were tried miss by {self.shortfall:.2f}",
         }
         lines = [said[self.verdict]]
@@ -183,7 +184,8 @@ def solve(
         measured=measured,
         predicted_kl=plan_of.divergence if plan_of else None,
         shortfall=shortfall,
-        reachable=everywhere.reachable,
+        # a straight line does not know that a rate ends at 0 and 1
+        reachable={target: min(1.0, max(0.0, rate)) for target, rate in everywhere.reachable.items()},
         least_shortfall=0.0 if everywhere.feasible else everywhere.shortfall,
         jacobian={
             trait: dict(zip(mix.names, row.tolist(), strict=True))

@@ -134,7 +134,7 @@ def test_targets_beyond_reach_are_infeasible_with_the_numbers(development, held)
     assert solved.verdict == "infeasible"
     assert solved.least_shortfall > 0.3 and solved.shortfall > 0.3
     assert solved.reachable["deceptive >= 1"] < 0.7
-    assert "infeasible: no strengths miss all targets by less than" in str(solved)
+    assert "no strengths up to the highest miss all targets by less than" in str(solved)
     assert "deceptive >= 1: goes to" in str(solved)
 
 
