@@ -13,7 +13,17 @@ import typer
 from tqdm import tqdm
 
 from sae_persona.activations.lm import load_lm
-from sae_persona.commands import attribution, describe, features, labels, search, steering, strength, training
+from sae_persona.commands import (
+    attribution,
+    describe,
+    features,
+    labels,
+    organisms,
+    search,
+    steering,
+    strength,
+    training,
+)
 from sae_persona.commands.flags import with_flags
 from sae_persona.commands.options import (
     AsJson,
@@ -50,6 +60,7 @@ lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tin
 app.add_typer(lab_app, name="lab")
 for part in (training, features, labels, attribution, describe, search, strength, steering):
     part.add_to(app)
+organisms.add_to(lab_app)
 
 
 @app.command()

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = [
-    *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering", "stages"),
-    *("report", "demo", "commands", "cli", "__main__"),
+    *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering", "studies"),
+    *("stages", "report", "demo", "commands", "cli", "__main__"),
 ]
 ONLY_IN = {
     "triton": {"sae_kernels"},
-    "transformers": {"lab", "activations", "steering"},
+    "transformers": {"lab", "activations", "steering", "studies"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
     "typer": {"commands", "cli"},
