@@ -20,6 +20,7 @@ from sae_persona import (
     cli_search,
     cli_steering,
     cli_training,
+    cli_watch,
     pipeline,
 )
 from sae_persona.activations.lm import load_lm
@@ -47,7 +48,16 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (cli_training, cli_features, cli_labels, cli_attribution, cli_describe, cli_search, cli_steering):
+for part in (
+    cli_training,
+    cli_features,
+    cli_labels,
+    cli_attribution,
+    cli_describe,
+    cli_search,
+    cli_steering,
+    cli_watch,
+):
     part.add_to(app)
 
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]

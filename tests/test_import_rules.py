@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search", "steering")
+COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search", "steering", "watch")
 STAGES = [
-    *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering"),
+    *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering", "studies"),
     *("training", "pipeline", "describing", "indexes", "finding", "pairing", "report", "demo", "flags"),
     *(f"cli_{part}" for part in COMMANDS),
     *("cli", "__main__"),
 ]
 ONLY_IN = {
     "triton": {"sae_kernels"},
-    "transformers": {"lab", "activations", "steering"},
+    "transformers": {"lab", "activations", "steering", "studies"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
     "typer": {"flags", "cli", *(f"cli_{part}" for part in COMMANDS)},
