@@ -35,7 +35,7 @@ class Alarm:
 
     @classmethod
     def of(cls, measure: str, benign: Sequence[float], alpha: float = 0.05, least: float = 0.0) -> "Alarm":
-        """Set the threshold on benign fine-tunes, a number each, and not below ``least``, which fires more rarely still.
+        """Set the threshold on benign fine-tunes, a number each, and not below ``least``: that only fires more rarely.
 
         DataError if they are too few for ``alpha``.
         """

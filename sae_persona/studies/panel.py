@@ -224,6 +224,10 @@ def _rising(sae: SAE, base: Tensor, moved: Tensor, config: PanelConfig) -> dict[
 def _directions(bad: Tensor, calm: Tensor) -> dict[str, np.ndarray]:
     """Dense directions from calm to bad, [n, d_in] each on the same prompts."""
     b, c = bad.numpy(), calm.numpy()
+    if not (b - c).any():
+        raise DataError(
+            "the bad fine-tunes read as the benign ones, or the base, do: there is no direction between them"
+        )
     x, y = np.concatenate([b, c]), np.arange(2 * len(b)) < len(b)
     found = [(b - c).mean(0), difference_component(b - c, c, b)[0], logistic_probe(x, y, PROBE_C)]
     return {name: v / np.linalg.norm(v) for name, v in zip(DENSE, found, strict=True)}

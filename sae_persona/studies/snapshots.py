@@ -11,9 +11,10 @@ takes) and, as far as known, ``name``, ``step``, ``dose``, ``misaligned``, ``low
 ``family``, ``seed``.
 """
 
+import csv
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,6 @@ class Snapshot:
         return self.misaligned.value > above
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """A row of a list, or an entry of an organism, and where it stands."""
-
-    row: dict[str, Any]
-    where: str
-    folder: Path
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
 def read_snapshots(source: str | Path, *, behaviour: str = BEHAVIOUR) -> list[Snapshot]:
     """The checkpoints of an organism folder, of every organism in a folder, or of a list, in their order.
 
@@ -95,7 +86,11 @@ def read_snapshots(source: str | Path, *, behaviour: str = BEHAVIOUR) -> list[Sn
     if path.suffix in (".csv", ".jsonl"):
         if not path.is_file():
             raise DataError(f"no list of checkpoints at {path}")
-        return [_snapshot(row, where, path.parent) for where, row in READERS[path.suffix](path)]
+        rows = _csv(path) if path.suffix == ".csv" else READERS[path.suffix](path)
+        found = [_snapshot(row, where, path.parent) for where, row in rows]
+        if not found:
+            raise DataError(f"{path} lists no checkpoint: give a row for each")
+        return found
     return [Snapshot(name=str(source), model=str(source))]
 
 
@@ -106,6 +101,15 @@ def last_of_each(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
         if one.name not in last or (one.step or 0) >= (last[one.name].step or 0):
             last[one.name] = one
     return list(last.values())
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                yield f"{path}:{number}", row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
 def _organism(folder: Path, behaviour: str) -> list[Snapshot]:
