@@ -80,6 +80,25 @@ if TYPE_CHECKING:
     from sae_persona.steering.solver import Targets as Targets
     from sae_persona.steering.sweep import SweepConfig as SweepConfig
     from sae_persona.steering.sweep import sweep as sweep
+    from sae_persona.studies.alarm import Alarm as Alarm
+    from sae_persona.studies.callback import Watch as Watch
+    from sae_persona.studies.callback import trainer_callback as trainer_callback
+    from sae_persona.studies.diff import DiffConfig as DiffConfig
+    from sae_persona.studies.diff import diff as diff
+    from sae_persona.studies.panel import Panel as Panel
+    from sae_persona.studies.panel import PanelConfig as PanelConfig
+    from sae_persona.studies.panel import choose_panel as choose_panel
+    from sae_persona.studies.predict import PredictConfig as PredictConfig
+    from sae_persona.studies.predict import predict as predict
+    from sae_persona.studies.readings import read_prompted as read_prompted
+    from sae_persona.studies.readings import read_prompts as read_prompts
+    from sae_persona.studies.rows import RowsConfig as RowsConfig
+    from sae_persona.studies.rows import screen_rows as screen_rows
+    from sae_persona.studies.snapshots import Snapshot as Snapshot
+    from sae_persona.studies.snapshots import read_snapshots as read_snapshots
+    from sae_persona.studies.track import TrackConfig as TrackConfig
+    from sae_persona.studies.track import track as track
+    from sae_persona.studies.track import track_unseen as track_unseen
     from sae_persona.types import HookPoint as HookPoint
     from sae_persona.types import SparseLatents as SparseLatents
 
@@ -139,6 +158,41 @@ _HOMES = {
     "steering.positions": ("Spans",),
     "steering.solver": ("Targets",),
     "steering.sweep": ("SweepConfig", "sweep"),
+    "studies.alarm": ("Alarm",),
+    "studies.callback": (
+        "Watch",
+        "trainer_callback",
+    ),
+    "studies.diff": (
+        "DiffConfig",
+        "diff",
+    ),
+    "studies.panel": (
+        "Panel",
+        "PanelConfig",
+        "choose_panel",
+    ),
+    "studies.predict": (
+        "PredictConfig",
+        "predict",
+    ),
+    "studies.readings": (
+        "read_prompted",
+        "read_prompts",
+    ),
+    "studies.rows": (
+        "RowsConfig",
+        "screen_rows",
+    ),
+    "studies.snapshots": (
+        "Snapshot",
+        "read_snapshots",
+    ),
+    "studies.track": (
+        "TrackConfig",
+        "track",
+        "track_unseen",
+    ),
     "types": ("HookPoint", "SparseLatents"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

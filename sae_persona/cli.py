@@ -23,6 +23,7 @@ from sae_persona.commands import (
     steering,
     strength,
     training,
+    watch,
 )
 from sae_persona.commands.flags import with_flags
 from sae_persona.commands.options import (
@@ -58,7 +59,7 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (training, features, labels, attribution, describe, search, strength, steering):
+for part in (training, features, labels, attribution, describe, search, strength, steering, watch):
     part.add_to(app)
 organisms.add_to(lab_app)
 
