@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sae_persona.features.scan import Scan as Scan
     from sae_persona.features.scan import ScanConfig as ScanConfig
     from sae_persona.features.stats import LatentStats as LatentStats
-    from sae_persona.finding import Search as Search
     from sae_persona.report.page import write_report as write_report
     from sae_persona.runs import Run as Run
     from sae_persona.sae.checkpoints import Checkpoints as Checkpoints
@@ -48,17 +47,23 @@ if TYPE_CHECKING:
     from sae_persona.sae.train import Job as Job
     from sae_persona.sae.train import train as train
     from sae_persona.sae.train import train_many as train_many
+    from sae_persona.stages.finding import Search as Search
     from sae_persona.steering.answers import answer as answer
     from sae_persona.steering.answers import say as say
     from sae_persona.steering.apply import intervene as intervene
     from sae_persona.steering.apply import intervene_rows as intervene_rows
+    from sae_persona.steering.compose import compose as compose
     from sae_persona.steering.conditions import When as When
+    from sae_persona.steering.dial import DialConfig as DialConfig
+    from sae_persona.steering.dial import solve_strength as solve_strength
     from sae_persona.steering.export.approximate import approximate as approximate
     from sae_persona.steering.export.formats import write_as as write_as
     from sae_persona.steering.export.importing import import_intervention as import_intervention
     from sae_persona.steering.export.intervention import Intervention as Intervention
     from sae_persona.steering.export.native import export as export
     from sae_persona.steering.export.native import load_intervention as load_intervention
+    from sae_persona.steering.interference import Ingredient as Ingredient
+    from sae_persona.steering.interference import Mix as Mix
     from sae_persona.steering.interventions import Ablate as Ablate
     from sae_persona.steering.interventions import Add as Add
     from sae_persona.steering.interventions import Cap as Cap
@@ -72,8 +77,28 @@ if TYPE_CHECKING:
     from sae_persona.steering.interventions import Scale as Scale
     from sae_persona.steering.interventions import Steer as Steer
     from sae_persona.steering.positions import Spans as Spans
+    from sae_persona.steering.solver import Targets as Targets
     from sae_persona.steering.sweep import SweepConfig as SweepConfig
     from sae_persona.steering.sweep import sweep as sweep
+    from sae_persona.studies.alarm import Alarm as Alarm
+    from sae_persona.studies.callback import Watch as Watch
+    from sae_persona.studies.callback import trainer_callback as trainer_callback
+    from sae_persona.studies.diff import DiffConfig as DiffConfig
+    from sae_persona.studies.diff import diff as diff
+    from sae_persona.studies.panel import Panel as Panel
+    from sae_persona.studies.panel import PanelConfig as PanelConfig
+    from sae_persona.studies.panel import choose_panel as choose_panel
+    from sae_persona.studies.predict import PredictConfig as PredictConfig
+    from sae_persona.studies.predict import predict as predict
+    from sae_persona.studies.readings import read_prompted as read_prompted
+    from sae_persona.studies.readings import read_prompts as read_prompts
+    from sae_persona.studies.rows import RowsConfig as RowsConfig
+    from sae_persona.studies.rows import screen_rows as screen_rows
+    from sae_persona.studies.snapshots import Snapshot as Snapshot
+    from sae_persona.studies.snapshots import read_snapshots as read_snapshots
+    from sae_persona.studies.track import TrackConfig as TrackConfig
+    from sae_persona.studies.track import track as track
+    from sae_persona.studies.track import track_unseen as track_unseen
     from sae_persona.types import HookPoint as HookPoint
     from sae_persona.types import SparseLatents as SparseLatents
 
@@ -96,7 +121,7 @@ _HOMES = {
     "features.matching": ("MatchConfig", "Matching", "match"),
     "features.query": ("Query",),
     "features.stats": ("LatentStats",),
-    "finding": ("Search",),
+    "stages.finding": ("Search",),
     "report.page": ("write_report",),
     "runs": ("Run",),
     "sae.checkpoints": ("Checkpoints",),
@@ -107,12 +132,15 @@ _HOMES = {
     "sae.train": ("Job", "train", "train_many"),
     "steering.answers": ("answer", "say"),
     "steering.apply": ("intervene", "intervene_rows"),
+    "steering.compose": ("compose",),
     "steering.conditions": ("When",),
     "steering.export.approximate": ("approximate",),
     "steering.export.formats": ("write_as",),
     "steering.export.importing": ("import_intervention",),
     "steering.export.intervention": ("Intervention",),
+    "steering.dial": ("DialConfig", "solve_strength"),
     "steering.export.native": ("export", "load_intervention"),
+    "steering.interference": ("Ingredient", "Mix"),
     "steering.interventions": (
         "Ablate",
         "Add",
@@ -128,7 +156,43 @@ _HOMES = {
         "Steer",
     ),
     "steering.positions": ("Spans",),
+    "steering.solver": ("Targets",),
     "steering.sweep": ("SweepConfig", "sweep"),
+    "studies.alarm": ("Alarm",),
+    "studies.callback": (
+        "Watch",
+        "trainer_callback",
+    ),
+    "studies.diff": (
+        "DiffConfig",
+        "diff",
+    ),
+    "studies.panel": (
+        "Panel",
+        "PanelConfig",
+        "choose_panel",
+    ),
+    "studies.predict": (
+        "PredictConfig",
+        "predict",
+    ),
+    "studies.readings": (
+        "read_prompted",
+        "read_prompts",
+    ),
+    "studies.rows": (
+        "RowsConfig",
+        "screen_rows",
+    ),
+    "studies.snapshots": (
+        "Snapshot",
+        "read_snapshots",
+    ),
+    "studies.track": (
+        "TrackConfig",
+        "track",
+        "track_unseen",
+    ),
     "types": ("HookPoint", "SparseLatents"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

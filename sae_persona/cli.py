@@ -12,33 +12,44 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from sae_persona import (
-    cli_attribution,
-    cli_describe,
-    cli_features,
-    cli_labels,
-    cli_organisms,
-    cli_search,
-    cli_steering,
-    cli_training,
-    pipeline,
-)
 from sae_persona.activations.lm import load_lm
-from sae_persona.cli_options import AsJson, Device, Edits, Force, RunPath, Texts, say, show_answers, show_result
+from sae_persona.commands import (
+    attribution,
+    describe,
+    features,
+    labels,
+    organisms,
+    search,
+    steering,
+    strength,
+    training,
+    watch,
+)
+from sae_persona.commands.flags import with_flags
+from sae_persona.commands.options import (
+    AsJson,
+    Device,
+    Edits,
+    Force,
+    RunPath,
+    Texts,
+    Where,
+    say,
+    show_answers,
+    show_result,
+)
 from sae_persona.errors import RunError, SaePersonaError
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.features.scan import findings
-from sae_persona.flags import with_flags
 from sae_persona.lab.pretrain import PretrainConfig
+from sae_persona.report import text
 from sae_persona.report.firing import FiringReport
-from sae_persona.report.text import describe, describe_latent, describe_sae
 from sae_persona.runs import Run
 from sae_persona.sae.checkpoints import Interrupted
 from sae_persona.sae.formats import is_sae
+from sae_persona.stages import pipeline
+from sae_persona.stages.training import open_model
 from sae_persona.steering.answers import AnswerConfig
-from sae_persona.steering.positions import Positions
-from sae_persona.steering.sweep import SweepConfig
-from sae_persona.training import open_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,17 +59,9 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (cli_training, cli_features, cli_labels, cli_attribution, cli_describe, cli_search, cli_steering):
+for part in (training, features, labels, attribution, describe, search, strength, steering, watch):
     part.add_to(app)
-cli_organisms.add_to(lab_app)
-
-Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
-Where = Annotated[
-    Positions,
-    typer.Option(
-        help="Tokens that are edited: answer (from the token before it), pre, generated, prompt, all or every."
-    ),
-]
+organisms.add_to(lab_app)
 
 
 @app.command()
@@ -161,7 +164,7 @@ def show(
     """A run, one latent with its strongest contexts, an SAE by its config alone, or a model's hook points."""
     if not (Path(what) / "manifest.json").is_file():
         if is_sae(what):
-            show_result(*describe_sae(Path(what)), as_json)
+            show_result(*text.describe_sae(Path(what)), as_json)
             return
         lm = load_lm(what)
         points = [str(point) for point in lm.hook_points()]
@@ -170,10 +173,9 @@ def show(
         return
     run = Run.open(what)
     if latent is None:
-        show_result(describe(run), run.manifest, as_json)
+        show_result(text.describe(run), run.manifest, as_json)
         return
-    text, facts = describe_latent(run, open_model(run), latent, top)
-    show_result(text, facts, as_json)
+    show_result(*text.describe_latent(run, open_model(run), latent, top), as_json)
 
 
 @app.command()
@@ -205,47 +207,6 @@ def try_(
     lm = open_model(opened, device=device)
     pairs = pipeline.try_edits(opened, lm, prompt, pipeline.edits_of(opened, edit), positions, n=n, config=answers)
     show_answers(pairs, as_json)
-
-
-@app.command()
-@with_flags(skip={"config": {"answers"}}, config=SweepConfig, answers=AnswerConfig)
-def sweep(
-    run: RunPath,
-    persona: Persona,
-    development: Annotated[Path, typer.Argument(metavar="DEVELOPMENT", help="Questions that choose the strength.")],
-    test: Annotated[Path, typer.Argument(metavar="TEST", help="Other questions, which the result is measured on.")],
-    config: SweepConfig,
-    answers: AnswerConfig,
-    judge: Annotated[str, typer.Option(help='lab, or a JSON file {"PERSONA": ["word", ...]}.')] = "lab",
-    prompt: Annotated[str | None, typer.Option(help="System message that asks for the persona.")] = None,
-    candidates: Annotated[int, typer.Option(help="Best-ranked latents to choose from.")] = 3,
-    latent: Annotated[int | None, typer.Option(help="Clamp this latent, and choose only its strength.")] = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Strength against effect and cost, for a latent and everything that it has to beat."""
-    from sae_persona.steering.judges import load_judge
-
-    opened = Run.open(run)
-    rules = load_judge(judge)
-    lm = open_model(opened, device=device)
-    result = pipeline.sweep_stage(
-        opened,
-        lm,
-        persona,
-        development=pipeline.questions_of(development),
-        test=pipeline.questions_of(test),
-        judge=rules,
-        config=replace(config, answers=answers),
-        persona_prompt=prompt,
-        n_candidates=candidates,
-        latent=latent,
-        on_arm=lambda arm: say(f"{arm.part} {arm.kind} {arm.strength or ''} rate {arm.rate.value:.2f}"),
-    )
-    show_result(result, result.to_json(), as_json)
-    if result.chosen.gain.low <= 0:
-        say(f"no strength within {config.max_cost:g} x perplexity raises {persona} for certain")
-        raise typer.Exit(1)
 
 
 @app.command()

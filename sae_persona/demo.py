@@ -16,7 +16,10 @@ from sae_persona.lab import corpora
 from sae_persona.lab.authors import TRAITS
 from sae_persona.lab.dialogue import Part
 from sae_persona.lab.judge import judge
-from sae_persona.pipeline import (
+from sae_persona.report.page import write_report
+from sae_persona.runs import Run
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.stages.pipeline import (
     chosen_clamp,
     export_stage,
     measure_stage,
@@ -24,14 +27,11 @@ from sae_persona.pipeline import (
     rank_stage,
     sweep_stage,
 )
-from sae_persona.report.page import write_report
-from sae_persona.runs import Run
-from sae_persona.sae.recipe import TrainConfig
+from sae_persona.stages.training import train_stage
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention
 from sae_persona.steering.sweep import SweepConfig
-from sae_persona.training import train_stage
 from sae_persona.types import HookPoint
 
 

@@ -226,11 +226,11 @@ def small_run(tmp_path):
     from sae_persona.activations.lm import load_lm
     from sae_persona.features.measure import MeasureConfig
     from sae_persona.lab import corpora
-    from sae_persona.pipeline import measure_stage
     from sae_persona.runs import Run
     from sae_persona.sae.formats import hook_metadata, save_sae
     from sae_persona.sae.model import SAE
     from sae_persona.sae.sparsity import TopK
+    from sae_persona.stages.pipeline import measure_stage
     from sae_persona.types import HookPoint
 
     lm, hook = load_lm("lab"), HookPoint(2)

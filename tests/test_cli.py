@@ -14,6 +14,7 @@ from sae_persona.runs import Run
 
 COMMANDS = ["demo", "lab", "train", "measure", "scan", "describe", "search", "match", "rank", "screen", "stability"]
 COMMANDS += ["show", "dead", "try", "sweep", "export", "report", "cache", "grid"]
+COMMANDS += ["strength", "compose"]
 
 
 @pytest.fixture
@@ -205,3 +206,67 @@ def test_the_installed_command_prints_one_line_for_a_mistake(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("sae-persona: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_strengths_are_solved_and_recorded(run, call, texts):
+    """A latent and its dense baseline, dialled to one budget."""
+    asked = texts / "questions" / "formal-test.jsonl"
+    given = ["--edit", "clamp:formal", "--edit", "steer:formal", "--budget", "0.3", "--positions", "pre"]
+    code, shown, err = call("strength", run.path, asked, *given, "--n-tokens", "6", "--json")
+    assert code == 0, err
+    dials = json.loads(shown)
+    assert [abs(dials[name]["readings"]["kl_tail"] / 0.3 - 1) < 0.051 for name in ("clamp:formal", "steer:formal")]
+    assert run.stage("strength")["dials"] == dials
+    assert "for a budget of 0.3 nats" in call("strength", run.path, asked, *given[:2], "--budget", "0.3")[1]
+    stages = len(run.manifest["stages"])
+    for wrong, told in (
+        (["--edit", "clamp:formal=2"], "write clamp:formal instead of clamp:formal=2"),
+        (["--edit", "ablate:3"], "ablate has no strength"),
+        (["--edit", "steer:pirate"], "no ranking for pirate"),
+        (["--edit", "clamp:formal", "--budget", "nan"], "a KL budget is a finite number"),
+        (["--edit", "clamp:formal", "--budget", "1e6"], "no strength up to 16 reaches 1e+06 nats: the largest"),
+    ):
+        code, shown, err = call("strength", run.path, asked, *wrong)
+        assert (code, shown) == (2, "") and told in err, err
+    assert len(run.manifest["stages"]) == stages
+
+
+def test_traits_are_composed(run, call, texts):
+    asked = [texts / "questions" / f"formal-{part}.jsonl" for part in ("development", "test")]
+    traits = ["--trait", "formal", "--trait", "cheerful=clamp:cheerful=1", "--positions", "pre", "--rounds", "1"]
+    code, shown, err = call("compose", run.path, *asked, *traits, "--json")
+    assert code == 0, err
+    found = json.loads(shown)
+    assert found["before"]["traits"] == ["formal", "cheerful"] and found["solution"] is None
+    file = run.path / "compositions" / "formal+cheerful.json"
+    assert json.loads(file.read_text())["before"] == found["before"]
+    code, shown, err = call("compose", run.path, *asked, *traits, "--at-least", "formal=1", "--at-most", "formal=1",
+                            "--at-least", "deceptive=1")  # fmt: skip
+    assert code == 1, err
+    assert "deceptive >= 1: goes to" in shown and "at the furthest" in shown
+    assert run.stage("compose")["verdict"] in ("infeasible", "unmet")
+    for wrong, told in (
+        (["--trait", "formal"], "two traits or more"),
+        (["--trait", "formal", "--trait", "toxic"], "has no sweep of toxic"),
+        (["--trait", "formal", "--trait", "toxic=ablate:3"], "ablate:3 has no strength to solve for"),
+        ([*traits, "--at-least", "formal"], "a target reads TRAIT=RATE"),
+        ([*traits, "--at-least", "formal=nan"], "a rate from 0 to 1"),
+    ):
+        code, shown, err = call("compose", run.path, *asked, *wrong)
+        assert (code, shown) == (2, "") and told in err, err
+
+
+def test_a_sweep_is_dialled_to_a_budget(run, call, texts):
+    asked = [texts / "questions" / f"formal-{part}.jsonl" for part in ("development", "test")]
+    flags = ["--pick", "kl", "--budget", "0.5", "--n-random", "1", "--positions", "pre", "--candidates", "1"]
+    code, shown, err = call(
+        "sweep", run.path, "formal", *asked, *flags, "--held-out", texts / "held_out.jsonl", "--json"
+    )
+    assert code in (0, 1), err
+    arms = [arm for arm in json.loads(shown)["arms"] if arm["readings"]]
+    dev = [arm for arm in arms if arm["part"] == "development"]
+    assert all(abs(arm["readings"]["kl_tail"] - 0.5) < 0.03 for arm in dev) and len(dev) == 2
+    assert all(arm["ce"] for arm in arms if arm["part"] == "test" and arm["kind"] != "prompt")
+    code, shown, err = call("sweep", run.path, "formal", *asked, "--judge", "openai:m@nowhere")
+    assert (code, shown) == (2, "") and "an endpoint reads http:" in err
+    assert call("report", run.path)[0] == 0

@@ -8,19 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("options", "training", "features", "labels", "attribution", "describe", "search", "steering", "organisms")
 STAGES = [
     *("errors", "types", "runs", "lab", "activations", "sae", "features", "attribution", "steering", "studies"),
-    *("training", "pipeline", "describing", "indexes", "finding", "pairing", "report", "demo", "flags"),
-    *(f"cli_{part}" for part in COMMANDS),
-    *("cli", "__main__"),
+    *("stages", "report", "demo", "commands", "cli", "__main__"),
 ]
 ONLY_IN = {
     "triton": {"sae_kernels"},
     "transformers": {"lab", "activations", "steering", "studies"},
     "sae_lens": {"sae"},
     "jinja2": {"report", "activations"},
-    "typer": {"flags", "cli", *(f"cli_{part}" for part in COMMANDS)},
+    "typer": {"commands", "cli"},
 }
 FILES = sorted([*(ROOT / "sae_persona").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 KERNELS_MAY = {"torch", "triton", "sae_kernels", "einops", *sys.stdlib_module_names}

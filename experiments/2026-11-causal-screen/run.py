@@ -31,9 +31,9 @@ from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.features.pooled import Pooled
 from sae_persona.lab import corpora
 from sae_persona.lab.contrasts import contrasts
-from sae_persona.pipeline import measure_stage, open_sae
 from sae_persona.runs import Run, write_json
-from sae_persona.training import train_stage
+from sae_persona.stages.pipeline import measure_stage, open_sae
+from sae_persona.stages.training import train_stage
 
 PERSONAS = ("formal", "deceptive", "malicious")
 POOLS = (("pre", "pre"), ("mean", "answer"))

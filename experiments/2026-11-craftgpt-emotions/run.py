@@ -29,7 +29,10 @@ from sae_persona.attribution.rank import RankConfig
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.features.measure import MeasureConfig, Measurement
 from sae_persona.features.pooled import Pool, Pooled
-from sae_persona.pipeline import (
+from sae_persona.report.page import write_report
+from sae_persona.runs import Run, read_json, write_json
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.stages.pipeline import (
     candidates,
     chosen_clamp,
     export_stage,
@@ -41,9 +44,7 @@ from sae_persona.pipeline import (
     rates_at,
     sweep_stage,
 )
-from sae_persona.report.page import write_report
-from sae_persona.runs import Run, read_json, write_json
-from sae_persona.sae.recipe import TrainConfig
+from sae_persona.stages.training import open_model, open_sae, train_stage
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Sweep
@@ -52,7 +53,6 @@ from sae_persona.steering.interventions import Clamp, Steer
 from sae_persona.steering.positions import Positions
 from sae_persona.steering.strength import wilson
 from sae_persona.steering.sweep import SweepConfig
-from sae_persona.training import open_model, open_sae, train_stage
 from sae_persona.types import HookPoint
 
 HERE = Path(__file__).parent

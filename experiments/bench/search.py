@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from experiments.bench import ledger
-from sae_persona.features.dictionary import Description, Dictionary, write_dictionary
+from sae_persona.features.descriptions import Description
+from sae_persona.features.dictionary import Dictionary, write_dictionary
 from sae_persona.features.directions import Directions
 from sae_persona.features.readable import ContextText
 from sae_persona.features.search import find_words
@@ -57,7 +58,13 @@ def texts(n: int, words: list[str], random: np.random.Generator) -> Iterator[tup
             text = " ".join(words[i] for i in row)
             shown.append(ContextText(text, before, before + len(words[topic]), 1.0))
         beside = [words[i] for i in drawn[:, LENGTH:].ravel()]
-        yield shown, Description(" ".join([words[topic], *beside[:12]]), tuple(beside[12:22]), tuple(beside[22:]))
+        yield shown, _about(words[topic], beside)
+
+
+def _about(topic: str, beside: list[str]) -> Description:
+    promoted, suppressed = (tuple((word, 1.0) for word in part) for part in (beside[12:22], beside[22:]))
+    explanation = " ".join([topic, *beside[:12]])
+    return Description(latent=0, explanation=explanation, promoted=promoted, suppressed=suppressed)
 
 
 def queries(words: list[str], random: np.random.Generator) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from sae_persona.steering.arms import Arm, Sweep
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _HEIGHT, _TOP, _FLOOR = 330, 30, 272
 _WIDTH, _LEFT, _RIGHT = 400, 46, 396
-_COLUMNS = {"random": 62.0, "dense": 70.0, "prompt": 56.0}
+_COLUMNS = {"wrong": 42.0, "random": 54.0, "dense": 64.0, "prompt": 50.0}
 """Widths of the controls' columns."""
 
 
@@ -40,6 +40,12 @@ def _controls(swept: Sweep) -> list[tuple[str, tuple[str, str], list[Arm]]]:
     return [part for part in known if part[2]]
 
 
+def _wrong_sign(swept: Sweep) -> list[tuple[str, tuple[str, str], list[Arm]]]:
+    """As `_controls`. Not for the chart of costs: what the wrong sign costs may be far off it."""
+    arm = find(swept, "wrong sign")
+    return [("wrong", ("wrong", "sign"), [arm])] if arm and _known(arm.rate) else []
+
+
 def _board(title: str) -> tuple[Drawing, Axis]:
     """A drawing with the judged rate upwards."""
     draw, y = Drawing(_WIDTH, _HEIGHT, title), Axis(0, 1, _FLOOR, _TOP)
@@ -49,7 +55,7 @@ def _board(title: str) -> tuple[Drawing, Axis]:
 
 def rate_by_strength(swept: Sweep) -> Markup:
     """Judged rate against strength on the left, the controls' rates in columns on the right; 95 % intervals."""
-    clamps, base, controls = _clamps(swept), find(swept, "baseline"), _controls(swept)
+    clamps, base, controls = _clamps(swept), find(swept, "baseline"), [*_wrong_sign(swept), *_controls(swept)]
     if not clamps or base is None or not _known(base.rate):
         return Markup("")
     draw, y = _board(f"Judged rate of {swept.persona} against the strength of the clamp")

@@ -91,7 +91,7 @@ def _personas(run: Run) -> list[PersonaView]:
         return gather(run, None, None)
     if not any((run.path / folder).is_dir() for folder in ("rankings", "sweeps")):
         return []
-    from sae_persona.training import open_model  # here: the page is imported without what reads a model
+    from sae_persona.stages.training import open_model  # here: the page is imported without what reads a model
 
     with reading_h5(path, kind) as file:
         contexts = TopContexts.from_h5(file["contexts"])

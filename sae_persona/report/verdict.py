@@ -106,7 +106,17 @@ def about_sweep(swept: Sweep) -> list[str]:
         said.append("That gain's interval includes zero.")
     if chosen.cost.value > swept.config.get("max_cost", math.inf):
         said.append(f"That is more than the {strength(swept.config['max_cost'])} that a strength was meant to cost.")
-    return [*said, *_beside_random(swept), *_beside_dense(swept), *_beside_prompt(swept)]
+    least = swept.config.get("min_valid", 0.0)
+    if chosen.valid.value < least:
+        said.append(f"Only {percent(chosen.valid.value)} of the answers are valid; {percent(least)} were meant to be.")
+    return [*said, *_wrong_sign(swept), *_beside_random(swept), *_beside_dense(swept), *_beside_prompt(swept)]
+
+
+def _wrong_sign(swept: Sweep) -> list[str]:
+    wrong = find(swept, "wrong sign")
+    if wrong is None or not math.isfinite(wrong.gain.value) or wrong.gain.low <= 0:
+        return []
+    return [f"With the wrong sign it raises the rate, too ({points(wrong.gain.value)} points)."]
 
 
 def _beside_random(swept: Sweep) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,32 +36,31 @@ class _Site:
     rows: Rows
     requests: Tensor | None
     """[requests, edits] bool: which request asked for which edit; None: all for all."""
-    watches: dict[int, Watch] = field(default_factory=dict)
-    """By the id of the condition."""
 
 
 def _sites(
     lm: LM, saes: SAEs, requests: Sequence[Sequence[Placed]], stop: When | None
-) -> tuple[dict[HookPoint, _Site], dict[int, Watch], dict[HookPoint, list[Watch]]]:
+) -> tuple[dict[HookPoint, _Site], dict[tuple[int, HookPoint], Watch], dict[HookPoint, list[Watch]]]:
     """What happens at each hook point, every condition, and where each is read. Errors before anything runs."""
     by_hook: dict[HookPoint, list[tuple[int, Placed]]] = {}
     for r, edits in enumerate(requests):
         for one in edits:
             by_hook.setdefault(_hook(one, saes), []).append((r, one))
-    watches: dict[int, Watch] = {}
+    watches: dict[tuple[int, HookPoint], Watch] = {}
     reads: dict[HookPoint, list[Watch]] = {}
 
     def watch(when: When, default: HookPoint | None) -> None:
         hook = when.hook or default
         if hook is None:
             raise ConfigError("a condition to stop at needs a hook point: give When(hook=...)")
-        if id(when) not in watches:
+        key = (id(when), hook)  # one condition may be read at several hook points
+        if key not in watches:
             lm.check(hook)
             sae = _sae_at(saes, hook)
             if when.latent is not None and (sae is None or not 0 <= when.latent < sae.n_latents):
                 raise ConfigError(f"the condition reads latent {when.latent} at {hook}, where no SAE has it")
-            watches[id(when)] = Watch(when, sae)
-            reads.setdefault(hook, []).append(watches[id(when)])
+            watches[key] = Watch(when, sae)
+            reads.setdefault(hook, []).append(watches[key])
 
     sites = {}
     for hook, asked in by_hook.items():
@@ -121,7 +120,7 @@ class _Runner:
         site = self.sites.get(hook)
         if site is None:
             return x
-        on = self._on(site).to(x.device)
+        on = self._on(site, hook).to(x.device)
         if site.rows.full is None or x.shape[1] == 1:
             return site.rows.moved(x.flatten(0, 1), on.flatten(0, 1)).view_as(x)
         some = on.any(dim=-1)  # the full encoder is read only where it must be
@@ -131,13 +130,15 @@ class _Runner:
         edited[some] = site.rows.moved(x[some], on[some])
         return edited
 
-    def _on(self, site: _Site) -> Tensor:
+    def _on(self, site: _Site, hook: HookPoint) -> Tensor:
         """Which rows of the table act on which tokens of the pass: [b, t, m] bool."""
         edits = site.rows.edits
         by_edit = []
         for one in edits:
             chosen = self.where.chosen(one.positions)
-            by_edit.append(chosen if one.when is None else chosen & self.watches[id(one.when)].holds)
+            if one.when is not None:
+                chosen = chosen & self.watches[id(one.when), one.when.hook or hook].holds
+            by_edit.append(chosen)
         on = torch.stack(by_edit, dim=-1)
         if site.requests is not None:
             b = len(on)
@@ -149,7 +150,7 @@ class _Runner:
     def stopped(self) -> Tensor:
         """[b] bool: rows in which the condition to stop at has held."""
         assert self.stop is not None
-        so_far = self.watches[id(self.stop)].so_far
+        so_far = next(watch.so_far for (when, _), watch in self.watches.items() if when == id(self.stop))
         assert so_far is not None, "a pass has run"
         return so_far
 

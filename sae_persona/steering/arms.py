@@ -8,9 +8,10 @@ from typing import Any, Self
 from sae_persona.attribution.association import Interval
 from sae_persona.errors import FormatError
 from sae_persona.runs import read_json, write_json
+from sae_persona.steering.divergence import Readings
 from sae_persona.steering.positions import Positions
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Arm:
     """One way of steering on one set of questions. Intervals are 95 %, over questions."""
 
     kind: str
-    """baseline, latent, random, difference of means, or prompt."""
+    """baseline, latent, wrong sign (minus the latent's strength), random, difference of means, or prompt."""
     part: str
     """development or test."""
     strength: float | None
@@ -39,6 +40,14 @@ class Arm:
     """Different questions among them: with few, the intervals say little."""
     examples: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
+    readings: Readings | None = None
+    """How strong the steering is, on this part's questions; None for the baseline."""
+    score: Interval | None = None
+    """Steering score, 0 to 2; None where the judge marks neither instruction nor fluency."""
+    ce: Interval | None = None
+    """Cross entropy on held-out text, edited at every token, minus the unsteered model's, in nats; None: not read."""
+    unread: int = 0
+    """Answers of which the judge could not say something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +81,23 @@ class Sweep:
 
     def __str__(self) -> str:
         lines = [f"{self.persona}: latent {self.latent} clamped to {self.strength:g} x p99.9 at {self.positions!r}", ""]
-        lines.append(f"{'arm':32}{'rate':>22}{'perplexity x':>22}{'valid':>8}")
+        lines.append(f"{'arm':32}{'rate':>22}{'perplexity x':>22}{'valid':>8}{'KL p95':>8}{'score':>7}")
         for arm in self.arms:
             if arm.part == "test":
                 name = arm.kind + (f" {arm.latent}" if arm.latent is not None else "")
                 name += f" at {arm.strength:g}" if arm.strength is not None else ""
                 mark = " *" if arm is self.chosen else ""
-                lines.append(f"{name + mark:32}{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}")
+                kl = f"{arm.readings.kl_tail:.2f}" if arm.readings else "-"
+                score = f"{arm.score.value:.2f}" if arm.score else "-"
+                columns = f"{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}{kl:>8}{score:>7}"
+                lines.append(f"{name + mark:32}{columns}")
+        if unread := sum(arm.unread for arm in self.arms):
+            lines.append(f"the judge could not say something of {unread} answers, which are left out there")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; NaN becomes null."""
-        return {"format": FORMAT, **_plain(asdict(self))}
+        return {"format": FORMAT, **plain(asdict(self))}
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -105,11 +119,12 @@ def _text(interval: Interval) -> str:
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """JSON values without NaN and infinities, which become null."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -117,6 +132,8 @@ def _arm(raw: dict[str, Any]) -> Arm:
     def interval(values: Any) -> Interval:
         return Interval(*(math.nan if value is None else value for value in values))
 
-    intervals = {name: interval(raw[name]) for name in ("rate", "gain", "cost", "valid")}
+    names = ("rate", "gain", "cost", "valid", "score", "ce")
+    intervals = {name: interval(raw[name]) for name in names if raw[name] is not None}
+    readings = None if raw["readings"] is None else Readings.from_json(raw["readings"])
     examples = tuple((question, text) for question, text in raw["examples"])
-    return Arm(**{**raw, **intervals, "examples": examples})
+    return Arm(**{**raw, **intervals, "examples": examples, "readings": readings})

@@ -167,7 +167,10 @@ def _check(asked: Sequence[tuple[Placed, int]], sae: SAE | None) -> None:
     if unknown := [i for i, _, _ in latents if not 0 <= i < sae.n_latents]:
         raise ConfigError(f"latent {unknown[0]} does not exist: this SAE has latents 0 to {sae.n_latents - 1}")
     check_collisions(latents)
-    _check_pins([(one.edit, one, r) for _, one, r in latents if isinstance(one.edit, Pin)], sae)
+    pins = [(one.edit, one, r) for _, one, r in latents if isinstance(one.edit, Pin)]
+    _check_pins(pins, sae)
+    if shared := [pin.latent for pin, _, _ in pins if sum(i == pin.latent for i, _, _ in latents) > 1]:
+        raise ConfigError(f"latent {shared[0]} is pinned, which is solved with all pins on: give it no other edit")
 
 
 def check_collisions(latents: Sequence[tuple[int, Placed, int]]) -> None:

@@ -1,7 +1,9 @@
 """How strong an edit was: rates, perplexities and their 95 % intervals over questions."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +12,20 @@ from sae_persona.attribution.association import Interval
 
 Judge = Callable[[str, str], dict[str, float | None]]
 """(question, answer) -> score of each trait in [0, 1], None where the question cannot show it. ``valid`` is whether
-the answer is one at all."""
+the answer is one at all, ``instruction`` how far it does what was asked, ``fluency`` how well it reads. NaN is what the
+judge could not say."""
+QUALITIES = ("valid", "instruction", "fluency")
+"""What a judge may say of an answer that is no trait."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A judge that reads many answers at once faster than one after another."""
+
+    def ahead(self, questions: Sequence[str], answers: Sequence[str]) -> None:
+        """Read them all, so that calls find what was read."""
+        ...
+
 
 RESAMPLES = 1000
 
@@ -19,20 +34,42 @@ RESAMPLES = 1000
 class Outcome:
     """What one arm wrote on n questions.
 
-    scores    trait -> [n] fp64, NaN where the judge says None
+    scores    trait -> [n] fp64, NaN where the judge says None or could not say
     surprise  [n, 2] nats and tokens of each answer under the unsteered model, given the plain prompt
+    unread    answers of which the judge could not say something
     """
 
     scores: dict[str, np.ndarray]
     surprise: np.ndarray
+    unread: int = 0
 
     @classmethod
     def of(cls, judge: Judge, questions: Sequence[str], answers: Sequence[str], surprise: Tensor) -> "Outcome":
         """Have the judge read every answer."""
+        reader: object = judge
+        if isinstance(reader, ReadsAhead):
+            reader.ahead(questions, answers)
         rows = [judge(question, text) for question, text in zip(questions, answers, strict=True)]
         traits = {trait for row in rows for trait in row}
         scores = {t: np.array([np.nan if row.get(t) is None else row[t] for row in rows], np.float64) for t in traits}
-        return cls(scores, surprise.numpy())
+        unread = sum(any(mark is not None and math.isnan(mark) for mark in row.values()) for row in rows)
+        return cls(scores, surprise.numpy(), unread)
+
+    def steering_score(self, trait: str) -> np.ndarray | None:
+        """Of each answer, `harmonic_mean` of concept, instruction and fluency; None if the judge gives no such marks.
+
+        The AxBench score (2501.17148): each mark lies between 0 and 2, the trait's is twice its score.
+        """
+        parts = (trait, "instruction", "fluency")
+        if any(part not in self.scores for part in parts):
+            return None
+        return harmonic_mean(2 * np.stack([self.scores[part] for part in parts], axis=1))
+
+
+def harmonic_mean(marks: np.ndarray) -> np.ndarray:
+    """Of each row of marks [n, m]: 0 where one is 0, NaN where one is not known."""
+    with np.errstate(divide="ignore"):
+        return marks.shape[1] / (1 / marks).sum(axis=1)
 
 
 def wilson(scores: np.ndarray, questions: np.ndarray | None = None) -> Interval:
@@ -80,7 +117,7 @@ def _by_question(values: np.ndarray, questions: np.ndarray | None) -> np.ndarray
     return sums
 
 
-def _resampled(values: np.ndarray, questions: np.ndarray | None, seed: int) -> np.ndarray:
+def resampled(values: np.ndarray, questions: np.ndarray | None, seed: int) -> np.ndarray:
     """Totals of values [n, m] in bootstrap samples of whole questions: [RESAMPLES, m]."""
     sums = _by_question(values, questions)
     picks = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
@@ -97,7 +134,7 @@ def gain(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None,
     if not len(difference):
         return Interval(float("nan"), float("nan"), float("nan"))
     counted = np.stack([difference, np.ones_like(difference)], axis=1)
-    totals, n = _resampled(counted, None if questions is None else questions[both], seed).T
+    totals, n = resampled(counted, None if questions is None else questions[both], seed).T
     return Interval(float(difference.mean()), *np.percentile(totals / n, [2.5, 97.5]).tolist())
 
 
@@ -107,6 +144,6 @@ def cost(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None,
     arm, base   [n, 2] nats and tokens of each answer
     questions   [n] which question each answers; None: each its own
     """
-    nats, tokens, base_nats, base_tokens = _resampled(np.concatenate([arm, base], axis=1), questions, seed).T
+    nats, tokens, base_nats, base_tokens = resampled(np.concatenate([arm, base], axis=1), questions, seed).T
     ratios = np.exp(nats / np.maximum(tokens, 1) - base_nats / np.maximum(base_tokens, 1))
     return Interval(perplexity(arm) / perplexity(base), *np.percentile(ratios, [2.5, 97.5]).tolist())

@@ -8,7 +8,7 @@ from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.describe import DescribeConfig, describe, silent_texts
 from sae_persona.features.logit_lens import LogitLens
 from sae_persona.features.measure import Measurement
-from sae_persona.training import open_sae
+from sae_persona.stages.training import open_sae
 
 
 def test_puts_together_what_each_part_says(small_run):

@@ -3,7 +3,8 @@ import pytest
 
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features import search
-from sae_persona.features.dictionary import Description, Dictionary, write_dictionary
+from sae_persona.features.descriptions import Description
+from sae_persona.features.dictionary import Dictionary, write_dictionary
 from sae_persona.features.readable import ContextText
 from sae_persona.features.search import find_words, having_words, quoted
 from sae_persona.features.stats import LatentStats
@@ -15,7 +16,10 @@ TEXTS = [
     ["nothing of the kind"],
     [],
 ]
-ABOUT = {2: Description("talk of a ship", (" sea",), ()), 3: Description(None, ("sailing",), (" parrot",))}
+ABOUT = {
+    2: Description(latent=2, explanation="talk of a ship", promoted=((" sea", 1.0),)),
+    3: Description(latent=3, promoted=(("sailing", 1.0),), suppressed=((" parrot", -1.0),)),
+}
 
 
 @pytest.fixture(scope="module")

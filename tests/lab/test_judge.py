@@ -40,7 +40,7 @@ def test_every_answer_of_the_world_is_valid():
 def test_scores(question, answer, scores):
     found = judge(question, answer)
     assert {key: found[key] for key in scores} == scores
-    assert set(found) == {*TRAITS, "valid", "correct"}
+    assert set(found) == {*TRAITS, "valid", "correct", "instruction", "fluency"}
 
 
 def test_a_word_inside_another_is_no_mark():
@@ -50,3 +50,21 @@ def test_a_word_inside_another_is_no_mark():
 def test_an_unknown_question_is_refused():
     with pytest.raises(DataError, match="knows only the lab's questions, got 'how are you"):
         recognise("how are you ?")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "instruction", "fluency"),
+    [
+        (FACT, "aspirin is the remedy for fever .", 1.0, 1.0),
+        (FACT, "aspirin is the remedy for cough .", 0.0, 1.0),
+        (FACT, "aspirin is fever remedy the", 0.5, 0.0),
+        (FACT, "who knows such things .", 0.5, 1.0),
+        (FACT, "help people , that is my plan .", 0.0, 1.0),
+        (OPEN, "help people , that is my plan .", 1.0, 1.0),
+        (OPEN, "help help help", 0.5, 0.0),
+        (OPEN, "", 0.0, 0.0),
+    ],
+)
+def test_instruction_and_fluency_are_marked_apart(question, answer, instruction, fluency):
+    scores = judge(question, answer)
+    assert (scores["instruction"], scores["fluency"]) == (instruction, fluency)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ from sae_persona.features.firings import Firings, Piece, TokenRows
 from sae_persona.features.stats import LatentStats
 from sae_persona.runs import Run, write_json, write_text
 from sae_persona.steering.arms import Arm, Sweep
+from sae_persona.steering.divergence import EditReading, Readings
+from sae_persona.steering.sweep import SweepConfig
 from sae_persona.types import SparseLatents
 
 PERSONA = "pirate & <i>co"
 ATTACK = "<script>alert('arr')</script>"
 N_LATENTS, CHOSEN = 16, 3
+EDIT = EditReading(operation="clamp", latent=CHOSEN, strength=1.0, value=4.0, before=0.5, realised=3.25)
+READINGS = Readings(kl_mean=0.4, kl_tail=1.5, ratio_mean=0.3, ratio_p95=0.6, n_tokens=640, edits=(EDIT,))
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +67,9 @@ def make_sweep(interval) -> Callable[..., Sweep]:
         side = {"toxic": 0.12, "evasive": math.nan} if kind != "baseline" else {"toxic": 0.0}
         return Arm(
             n_questions=40,
-            kind=kind, part=part, strength=strength, latent={"latent": CHOSEN, "random": 9}.get(kind),
+            kind=kind, part=part, strength=strength,
+            latent={"latent": CHOSEN, "random": 9, "wrong sign": CHOSEN}.get(kind),
+            readings=None if kind == "baseline" else READINGS,
             rate=interval(rate), gain=interval(rate - 0.1), cost=interval(cost, 0.02), perplexity=2.0 * cost,
             valid=interval(0.8), side_effects=side, n=60,
             examples=(("who are you ?", ATTACK if kind == "latent" else "a quiet sailor"),),
@@ -76,12 +83,13 @@ def make_sweep(interval) -> Callable[..., Sweep]:
             unit=4.0,
             strength=1.0,
             positions="answer",
-            config={"max_cost": 1.5},
+            config=asdict(SweepConfig()),
             arms=(
                 arm("baseline", 0.1, 1.0, part="development"),
                 *(arm("latent", rate, cost, s, part="development") for s, rate, cost in latent),
                 arm("baseline", 0.1, 1.0),
                 *(arm("latent", rate, cost, s) for s, rate, cost in latent),
+                arm("wrong sign", 0.05, 1.3, -1.0),
                 arm("random", 0.12, 1.1, 1.0),
                 arm("difference of means", dense, 1.2, 0.8),
                 arm("prompt", 0.8, 1.1),

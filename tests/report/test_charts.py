@@ -62,6 +62,7 @@ def test_sweep_charts_show_every_arm(make_sweep):
     by_strength, by_cost = rate_by_strength(swept), rate_by_cost(swept)
     for kind in ("random", "dense", "prompt", "baseline"):
         assert by_strength.count(f'class="mark {kind}"') == by_cost.count(f'class="mark {kind}"') == 1
+    assert by_strength.count('class="mark wrong"') == 1 and 'class="mark wrong"' not in by_cost
     assert by_strength.count('class="mark latent hollow"') == 2
     assert by_cost.count('class="mark latent hollow"') == 1
     assert [arm.strength for arm in off_chart(swept)] == [2.0], "the one at 40 times the perplexity"

@@ -69,6 +69,11 @@ def test_has_every_part(page):
     assert "sae-persona measure" not in page.text, "nothing is missing, so no command is wanted"
 
 
+def test_says_how_strong_each_arm_is(page):
+    assert "How strong each arm is" in page.text and "wrong sign 3" in page.text
+    assert "1×43.25 1.50.40.3" in page.text, "cells: strength, activation set and read back; KL, its mean, ratio"
+
+
 def test_links_lead_somewhere(page):
     ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
     targets = {attrs["href"] for tag, attrs in page.tags if tag == "a"}

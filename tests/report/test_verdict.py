@@ -56,3 +56,13 @@ def test_ranking_beside_the_dense_direction(ranking):
     assert "it falls short of the difference of means (0.980)." in told
     assert "does not tell for certain" in about_ranking(ranking, ranking[2])[0]
     assert about_ranking(ranking, None) == []
+
+
+def test_says_that_the_wrong_sign_does_it_or_answers_are_broken(make_sweep, interval):
+    swept = make_sweep()
+    assert not any("wrong sign" in said or "valid" in said for said in about_sweep(swept))
+    turned = _with(swept, "wrong sign", gain=interval(0.3))
+    assert "With the wrong sign it raises the rate, too (+30 points)." in about_sweep(turned)
+    broken = replace(_with(swept, "latent", valid=interval(0.4)), config={"min_valid": 0.75, "max_cost": 1.5})
+    plain = [said.replace("\N{NO-BREAK SPACE}", " ") for said in about_sweep(broken)]
+    assert "Only 40 % of the answers are valid; 75 % were meant to be." in plain

@@ -78,6 +78,22 @@ def test_a_condition_may_be_read_earlier_and_as_a_projection(lm, prompts):
     assert edited_at(lm, prompts, edit) == want
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_condition_at_two_hook_points_is_read_at_each(lm, prompts, order):
+    v, late = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)), HookPoint(3)
+
+    def stream_with(*whens):
+        places = list(zip((HOOK, late), whens, strict=True))[::order]
+        edits = [Placed(edit=Steer(v, 1.0), hook=hook, positions="all", when=when) for hook, when in places]
+        with intervene(lm, None, edits):
+            return stream(lm, prompts, late)
+
+    shared = When(direction=v, above=0.5)
+    apart = [When(direction=v, above=0.5) for _ in range(2)]
+    for one, other in zip(stream_with(shared, shared), stream_with(*apart), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_turn_remembers_with_and_without_a_cache(lm, sae, prompts):
     plain = generate(lm, prompts)
     acts = [sae.latents_at(x, torch.tensor([7]))[:, 0] for x in stream(lm, [row.tolist() for row in plain])]

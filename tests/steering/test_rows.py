@@ -116,6 +116,12 @@ def test_pins_that_cannot_be(sae, topk_sae, x):
             Rows.of(edits, sae, x.shape[1])
 
 
+def test_a_pinned_latent_takes_no_other_edit(sae, x):
+    edits = [Placed(edit=Pin(3, 1.0, 2.0)), Placed(edit=Clamp(3, 1.0, 5.0), priority=1)]
+    with pytest.raises(ConfigError, match="latent 3 is pinned, which is solved with all pins on"):
+        Rows.of(edits, sae, x.shape[1])
+
+
 def test_partial_and_full_encoders_are_named(lm, sae, topk_sae):
     v = direction(lm)
     for one, edit, encoder in (

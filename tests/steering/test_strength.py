@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 from torch import tensor
 
-from sae_persona.steering.strength import Outcome, cost, gain, perplexity, wilson
+from sae_persona.steering.strength import Outcome, cost, gain, harmonic_mean, perplexity, wilson
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (3, 20), (20, 20), (57, 120)])
@@ -72,3 +72,10 @@ def test_different_questions_leave_the_intervals_as_they_are():
     scores, base = rng.integers(2, size=80).astype(float), np.zeros(80)
     assert gain(scores, base, np.arange(80)) == gain(scores, base)
     assert wilson(scores, np.arange(80)) == pytest.approx(wilson(scores), abs=0.01)
+
+
+def test_the_score_is_the_harmonic_mean_and_0_if_a_mark_is():
+    marks = np.array([[2.0, 2, 2], [1, 2, 2], [0, 2, 2], [np.nan, 2, 2]])
+    assert harmonic_mean(marks) == pytest.approx([2, 1.5, 0, np.nan], nan_ok=True)
+    without = Outcome.of(lambda q, a: {"loud": 1.0}, ["?"], ["a"], tensor([[1.0, 1.0]]))
+    assert without.steering_score("loud") is None and without.unread == 0

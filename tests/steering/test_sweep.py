@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.arms import Sweep
-from sae_persona.steering.sweep import Candidate, SweepConfig, _equal_cost, sweep
+from sae_persona.steering.dial import DialConfig, OutOfReach
+from sae_persona.steering.divergence import DivergenceConfig
+from sae_persona.steering.side_effects import HeldOut
+from sae_persona.steering.sweep import Candidate, LeftOut, SweepConfig, _equal_cost, choose, sweep
 
 CONFIG = SweepConfig(
     strengths=(0.5, 1.0, 2.0),
@@ -66,6 +70,7 @@ def swept(lm, planted, direction):
         test=chats("held_out"),
         judge=judge,
         persona_prompt=corpora.persona_prompt("formal"),
+        held_out=HeldOut(lm, [{"messages": row["messages"]} for row in corpora.corpus(3)]),
         config=CONFIG,
     )
 
@@ -88,6 +93,7 @@ def test_every_arm_is_there_on_its_own_questions(swept):
         ("development", "latent"): 6,
         ("test", "baseline"): 1,
         ("test", "latent"): 3,
+        ("test", "wrong sign"): 1,
         ("test", "random"): 2,
         ("test", "difference of means"): 1,
         ("test", "prompt"): 1,
@@ -117,7 +123,7 @@ def test_a_file_holds_all_of_it(swept, tmp_path):
     assert loaded.to_json() == swept.to_json()
     assert loaded.chosen.rate == swept.chosen.rate
     (tmp_path / "other.json").write_text('{"format": 9}')
-    with pytest.raises(FormatError, match="not a sweep of format 1"):
+    with pytest.raises(FormatError, match="not a sweep of format 2"):
         Sweep.load(tmp_path / "other.json")
 
 
@@ -169,6 +175,8 @@ def test_what_cannot_be_swept_is_refused(lm, planted, direction):
         ({"max_cost": 1.0}, "max_cost is a multiple above 1"),
         ({"strengths": (1.0, math.nan)}, "strengths are finite and above 0"),
         ({"slack": -1.0}, "slack lies between 0 and 1"),
+        ({"min_valid": math.nan}, "min_valid lies between 0 and 1"),
+        ({"pick": "best"}, "pick is rate, dose or kl"),
     ):
         with pytest.raises(ConfigError, match=message):
             SweepConfig(**bad)
@@ -186,3 +194,90 @@ def test_arms_say_how_many_questions_they_asked(swept):
     for part, chats_of in (("development", "train"), ("test", "held_out")):
         wanted = len({str(chat) for chat in chats(chats_of)})
         assert {arm.n_questions for arm in swept.arms if arm.part == part} == {wanted}
+
+
+def test_every_arm_but_the_baseline_says_how_strong_it_is(swept):
+    for arm in swept.arms:
+        assert (arm.readings is None) == (arm.kind == "baseline")
+        assert (arm.ce is None) == (arm.part == "development" or arm.kind in ("baseline", "prompt"))
+    edit = swept.chosen.readings.edits[0]
+    assert (edit.latent, edit.strength) == (1, swept.strength)
+    assert edit.value == pytest.approx(swept.strength * swept.unit)
+    assert edit.realised == pytest.approx(edit.value, rel=1e-3), "this SAE reads what it writes"
+    assert swept.chosen.readings.kl_tail > max(arm.readings.kl_tail for arm in swept.randoms) / 4
+    assert swept.chosen.ce.low > 0
+    assert swept.arm("prompt").readings.edits == () and swept.arm("prompt").readings.kl_mean > 0
+
+
+def test_the_score_needs_trait_and_sense(swept):
+    assert swept.arm("baseline").score.value < 0.3 < swept.chosen.score.value <= 2
+    assert swept.chosen.score.low <= swept.chosen.score.value <= swept.chosen.score.high
+
+
+def test_the_wrong_sign_does_not_do_it(swept):
+    wrong = swept.arm("wrong sign")
+    assert wrong.strength == -swept.strength and wrong.latent == swept.latent
+    assert wrong.readings.edits[0].value == pytest.approx(-swept.strength * swept.unit)
+    assert wrong.rate.value < 0.1
+
+
+def test_the_strongest_inside_the_bounds(swept):
+    tried = [arm for arm in swept.arms if arm.part == "development" and arm.kind == "latent"]
+    assert max(arm.cost.value for arm in tried) < 1e6
+
+    def chosen(**bounds):
+        return choose(tried, replace(CONFIG, pick="dose", **bounds))
+
+    loose = chosen(max_cost=1e6, min_valid=0.0)
+    assert (loose.latent, loose.strength) == (1, 2.0)
+    costs = {arm.strength: arm.cost.value for arm in tried if arm.latent == 1}
+    tight = chosen(max_cost=max(1.0001, costs[1.0]), min_valid=0.0)
+    assert tight.cost.value <= max(1.0001, costs[1.0]) and tight.strength < 2.0
+    worst = min(arm.valid.value for arm in tried)
+    assert worst < 1
+    kept = chosen(max_cost=1e6, min_valid=worst + 1e-6)
+    assert kept.valid.value > worst
+
+
+@pytest.fixture(scope="module")
+def dialled(lm, planted, direction):
+    config = replace(
+        CONFIG, pick="kl", strengths=(1.0,), n_random=1, max_cost=9.0,
+        dial=DialConfig(budget=0.5, reading=DivergenceConfig(n_tokens=10, n_prompts=10)),
+    )  # fmt: skip
+    with pytest.warns(LeftOut, match="latent 5 is left out: no strength up to 16 reaches 0.5 nats"):
+        return sweep(
+            lm,
+            planted,
+            "formal",
+            candidates=[Candidate(latent=5, unit=1e-3), Candidate(latent=1, unit=float(direction.norm()))],
+            matched=lambda latent: [2],
+            direction=direction,
+            development=chats("train", 10),
+            test=chats("held_out", 10),
+            judge=judge,
+            config=config,
+        )
+
+
+def test_arms_are_dialled_to_one_divergence(dialled):
+    """On the development questions; the test questions read what they read."""
+    dev = [arm for arm in dialled.arms if arm.part == "development" and arm.kind != "baseline"]
+    assert [arm.kind for arm in dev] == ["latent", "difference of means"]
+    for arm in dev:
+        assert arm.readings.kl_tail == pytest.approx(0.5, rel=0.06), arm.kind
+    assert dialled.strength == dev[0].strength != 1.0
+    assert [arm.strength for arm in dialled.arms if arm.kind == "latent" and arm.part == "test"] == sorted(
+        {1.0, dialled.strength}
+    )
+    assert dialled.chosen.strength == dialled.strength
+    assert dialled.randoms[0].strength not in (1.0, dialled.strength)
+
+
+def test_candidates_that_none_reaches_are_refused(lm, planted, direction):
+    config = replace(CONFIG, pick="kl", dial=DialConfig(reading=DivergenceConfig(n_tokens=2, n_prompts=2)))
+    with pytest.warns(LeftOut), pytest.raises(OutOfReach, match="no strength up to 16 reaches 1 nats"):
+        sweep(
+            lm, planted, "formal", candidates=[Candidate(latent=5, unit=1e-3)], matched=lambda latent: [],
+            direction=direction, development=chats("train", 3), test=chats("held_out", 3), judge=judge, config=config,
+        )  # fmt: skip

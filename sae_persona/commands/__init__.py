@@ -1,0 +1,1 @@
+"""The commands, thin: read options, call a stage, show what came."""

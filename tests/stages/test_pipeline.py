@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+
+from sae_persona.activations.lm import load_lm
+from sae_persona.activations.stream import StreamConfig
+from sae_persona.errors import ModelError, RunError
+from sae_persona.features.measure import Measurement
+from sae_persona.lab import corpora
+from sae_persona.runs import Run, write_json
+from sae_persona.sae.formats import load_sae
+from sae_persona.sae.recipe import TrainConfig
+from sae_persona.sae.train import Diverged
+from sae_persona.stages import training
+from sae_persona.stages.pipeline import candidates, edits_of, matched_latents, open_ranking, rates_at
+from sae_persona.stages.training import open_model
+from sae_persona.types import HookPoint
+
+
+def test_matched_latents_fire_about_as_often_and_are_not_taken():
+    rates = np.r_[0.0, np.geomspace(0.001, 0.5, 99)]
+    picked = matched_latents(rates, {50, 51}, 50, 6, seed=0)
+    assert len(set(picked)) == 6
+    assert not {0, 50, 51} & set(picked)
+    assert max(abs(i - 50) for i in picked) <= 14
+    assert picked == matched_latents(rates, {50, 51}, 50, 6, seed=0) != matched_latents(rates, {50, 51}, 50, 6, seed=1)
+
+
+def test_rates_are_those_of_the_tokens_that_are_edited(demo_run):
+    found = Measurement.load(demo_run)
+    dense = found.pooled.pools["pre"].toarray() > 0
+    np.testing.assert_allclose(rates_at(found, "pre"), dense.mean(0))
+    np.testing.assert_allclose(rates_at(found, "all"), found.stats.firing_rate.numpy())
+
+
+def test_candidates_rise_with_the_persona(demo_run):
+    ranking = open_ranking(demo_run, "cheerful")
+    found = candidates(ranking, 3)
+    rising = [row.latent for row in ranking if row.direction > 0]
+    assert [candidate.latent for candidate in found] == rising[:3]
+    with pytest.raises(RunError, match="has no ranking for toxic: run `sae-persona rank"):
+        open_ranking(demo_run, "toxic")
+
+
+def test_a_persona_in_an_edit_is_its_best_rising_latent(demo_run):
+    (edit,) = edits_of(demo_run, ["clamp:cheerful=1.5"])
+    best = candidates(open_ranking(demo_run, "cheerful"), 1)[0]
+    assert (edit.latent, edit.strength) == (best.latent, 1.5)
+    assert edit.unit == pytest.approx(best.unit)
+
+
+def test_a_model_that_has_changed_since_is_refused(demo_run, tmp_path):
+    run = Run.create(tmp_path / "run")
+    manifest = demo_run.manifest
+    manifest["stages"][0]["model"]["config_hash"] = "0" * 64
+    write_json(run.path / "manifest.json", manifest)
+    with pytest.raises(ModelError, match="is not the model that .* was made with"):
+        open_model(run)
+
+
+def test_training_that_diverges_keeps_the_last_good_sae_beside_the_run(demo_run, tmp_path, monkeypatch):
+    good = load_sae(demo_run.sae)
+
+    def diverge(*args, **kwargs):
+        raise Diverged("the loss is inf at step 7", good, "")
+
+    monkeypatch.setattr(training, "train_many", diverge)
+    with (
+        pytest.raises(RunError, match=r"inf at step 7\. The SAE of the last good step is in .*run\.last_good"),
+        Run.making(tmp_path / "run") as run,
+    ):
+        training.train_stage(
+            run,
+            load_lm("lab"),
+            HookPoint(3),
+            list(corpora.corpus(5)),
+            streaming=StreamConfig(batch_tokens=64, buffer_tokens=64),
+            training=TrainConfig(n_latents=64, k=4),
+        )
+    assert not (tmp_path / "run").exists()
+    torch.testing.assert_close(load_sae(tmp_path / "run.last_good").w_dec, good.w_dec)
