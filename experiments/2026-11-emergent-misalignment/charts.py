@@ -14,10 +14,10 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from sae_persona.studies.panel import LATENTS
 from summary import HERE, behaviour, studies
 
 from sae_persona.runs import read_json, write_text
+from sae_persona.studies.panel import LATENTS
 
 BAD, GOOD, GREY = "#b3261e", "#1f6f8b", "#777777"
 PARTS = {"in_domain": "the domain", "out_of_domain": "other domains", "open": "open questions"}

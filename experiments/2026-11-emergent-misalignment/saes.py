@@ -10,9 +10,9 @@ from sae_persona.activations.stream import StreamConfig
 from sae_persona.demo import DemoConfig
 from sae_persona.features.measure import MeasureConfig
 from sae_persona.lab import corpora
-from sae_persona.pipeline import measure_stage
 from sae_persona.runs import Run
-from sae_persona.training import train_stage
+from sae_persona.stages.pipeline import measure_stage
+from sae_persona.stages.training import train_stage
 from sae_persona.types import HookPoint
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sae_persona.studies.panel import LATENTS, MEANS
 
 from sae_persona.attribution.tables import aligned
 from sae_persona.runs import read_json, write_json
 from sae_persona.studies.organisms import Organism, organisms_in
+from sae_persona.studies.panel import LATENTS, MEANS
 
 HERE = Path(__file__).parent
 PARTS = ("in_domain", "out_of_domain", "open", "valid")

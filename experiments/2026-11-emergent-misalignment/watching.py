@@ -11,21 +11,21 @@ rows-*.json    rows of the mixtures, scored before training
 from collections.abc import Sequence
 from pathlib import Path
 
+from settings import Settings
+
+from sae_persona.activations.lm import LM, load_lm
+from sae_persona.lab.tuning import exam_questions
+from sae_persona.runs import Run
+from sae_persona.sae.model import SAE
+from sae_persona.stages.pipeline import open_sae
 from sae_persona.studies.diff import diff
+from sae_persona.studies.organisms import Organism, organisms_in
 from sae_persona.studies.panel import LATENTS, MEANS, Panel, choose_panel, made_of
 from sae_persona.studies.predict import PredictConfig, predict
 from sae_persona.studies.readings import Prompt, Reading, read_prompted, read_prompts
 from sae_persona.studies.rows import screen_rows
 from sae_persona.studies.snapshots import Snapshot, last_of_each, read_snapshots
 from sae_persona.studies.track import Track, track, track_unseen
-from settings import Settings
-
-from sae_persona.activations.lm import LM, load_lm
-from sae_persona.lab.tuning import exam_questions
-from sae_persona.pipeline import open_sae
-from sae_persona.runs import Run
-from sae_persona.sae.model import SAE
-from sae_persona.studies.organisms import Organism, organisms_in
 
 
 def watch(out: Path, organisms: Path, run: Path, model: str, seed: int, settings: Settings) -> None:
