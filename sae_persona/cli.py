@@ -147,7 +147,10 @@ def measure(
     lm = open_model(opened, device=device)
     trained = opened.stage("train")["streaming"]
     read = {"context_size": context_size or trained["context_size"], "tokens": tokens or trained["tokens"]}
+    before = pipeline.of_the_measurement(opened)
     found = pipeline.measure_stage(opened, lm, dialogues, config=replace(config, **read))
+    if before:
+        say(f"of the measurement before, and gone with it: {', '.join(path.name for path in before)}")
     if found.dropped:
         say(f"{found.dropped} labelled answers begin beyond {read['context_size']} tokens: raise --context-size")
     personas = ", ".join(found.pooled.personas)

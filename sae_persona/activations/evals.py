@@ -32,7 +32,9 @@ def evals_rows(path: Path, form: str, read: Callable[[Path], Rows]) -> Rows:
         raise DataError(f"evals come as {' or '.join(FORMS)}, got {form!r}")
     paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not paths or not path.exists():
-        raise DataError(f"no evals at {path}: give a .jsonl file of anthropics/evals, or a folder of them")
+        raise DataError(
+            f"no evals at {path}: give a .jsonl file of anthropics/evals or a folder of them, then perhaps :answers"
+        )
     for file in paths:
         for number, (where, row) in enumerate(read(file)):
             _check(row, where)

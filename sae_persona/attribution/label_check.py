@@ -39,7 +39,7 @@ class CheckConfig:
                 f"got {self.threshold}, {self.words}, {self.min_confidence}"
             )
         if unknown := sorted(set(self.within) - set(WITHIN)):
-            raise ConfigError(f"within takes {', '.join(WITHIN)}, got {', '.join(unknown)}")
+            raise ConfigError(f'within takes {", ".join(WITHIN)}, or "" for none of them, got {", ".join(unknown)}')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Deal labelled dialogues to train and held-out: no template (domain, author) and no near duplicate is in both."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -8,7 +9,8 @@ import numpy as np
 from scipy import sparse
 
 from sae_persona.activations.dialogues import Dialogue
-from sae_persona.attribution.label_check import said
+from sae_persona.attribution.label_check import SPLITS, said
+from sae_persona.attribution.labels import MIN_CLASS
 from sae_persona.attribution.near_duplicates import near_duplicates
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.examples import labelled_marks
@@ -60,6 +62,19 @@ def split_dialogues(texts: Iterable[str | Dialogue], config: SplitConfig | None 
     split = np.where(_dealt(whole, _counts(dialogues), config), "held_out", "train")
     leaked = {leak.held_out for leak in alike.leaks(split)}
     return [replace(text, split=str(split[i])) for i, text in enumerate(dialogues) if i not in leaked]
+
+
+def scarce(dialogues: Iterable[Dialogue]) -> list[str]:
+    """The personas that cannot be ranked in these splits: one has fewer than MIN_CLASS examples with or without it."""
+    found = Counter(
+        (persona, dialogue.split, mark >= 0.5)
+        for dialogue in dialogues
+        for part in labelled_marks(dialogue)
+        for persona, mark in (part.labels or {}).items()
+    )
+    classes = [(split, shows) for split in SPLITS for shows in (True, False)]
+    personas = sorted({persona for persona, _, _ in found})
+    return [name for name in personas if min(found[name, *one] for one in classes) < MIN_CLASS]
 
 
 def _whole(dialogues: list[Dialogue], config: SplitConfig, clusters: np.ndarray | None) -> np.ndarray:

@@ -36,7 +36,7 @@ class RankConfig:
     given: tuple[str, ...] = ()
     """Covariates to control for: the ranking is then by the partial correlation given them."""
     within: tuple[Within, ...] = ("template", "domain")
-    """Labels are permuted among examples that share these; none: among all."""
+    """Labels are permuted among examples that share these; "": among all."""
     permutations: int = 1000
     """Permutations; no p falls below 1 / (permutations + 1)."""
     min_rate: float = 0.005
@@ -61,7 +61,9 @@ class RankConfig:
         if self.by not in ("rank", "activation"):
             raise ConfigError(f"by is rank or activation, got {self.by!r}")
         if unknown := set(self.within) - set(WITHIN):
-            raise ConfigError(f"within takes {', '.join(WITHIN)}, got {', '.join(sorted(unknown))}")
+            raise ConfigError(
+                f'within takes {", ".join(WITHIN)}, or "" for none of them, got {", ".join(sorted(unknown))}'
+            )
         if min(self.permutations, self.top, self.matched) < 1:
             raise ConfigError(
                 f"permutations, top and matched are at least 1, got {self.permutations}, {self.top}, {self.matched}"

@@ -125,8 +125,8 @@ class Screen(Sequence[ScreenedLatent]):
         unit = "nats a token" if self.config["metric"] == "mean" else "nats"
         return (
             f"{self.persona}: latents {done} at {self.config['positions']!r}; estimates from {self.n_train} contrast "
-            f"pairs, exact effects from {self.n_held_out} of {self.n_questions} questions, intervals over {self.over}; "
-            f"the persona's answer leads by {shown(self.base, 2, '+')} {unit}"
+            f"pairs, exact effects from {self.n_held_out} held-out pairs on {self.n_questions} questions, intervals "
+            f"over {self.over}; the persona's answer leads by {shown(self.base, 2, '+')} {unit}"
         )
 
     def _cells(self) -> list[list[str]]:

@@ -18,6 +18,8 @@ from sae_persona.features.matching import Matching, match
 from sae_persona.sae.model import SAE
 
 LEVEL = 0.05
+_ALIKE = ("pool", "by", "given", "within")
+"""Settings of a ranking in which those compared may not differ."""
 
 Survival = Literal["ranking", "subspace", "none", "untested"]
 """ranking: at least half of the best latents that tell the persona (p max-T up to 5 %) have a match that tells it in
@@ -140,9 +142,9 @@ def stability(
 ) -> Stability:
     """Compare the rankings of one persona on two or more SAEs of one hook point, each with each.
 
-    DataError for fewer than two, rankings of several personas, or one that is not of its SAE; ModelError for SAEs of
-    other widths or hook points; ConfigError for a ``top`` that a ranking, or the width of the activations, does not
-    have room for.
+    DataError for fewer than two, rankings of several personas or made otherwise, or one that is not of its SAE;
+    ModelError for SAEs of other widths or hook points; ConfigError for a ``top`` that a ranking, or the width of the
+    activations, does not have room for.
     """
     config = config or StabilityConfig()
     names = list(names) if names is not None else [f"SAE {i}" for i in range(len(saes))]
@@ -167,6 +169,11 @@ def _check(saes: Sequence[SAE], rankings: Sequence[Ranking], config: StabilityCo
         )
     if len(personas := {ranking.persona for ranking in rankings}) > 1:
         raise DataError(f"rankings of one persona are compared, got {', '.join(sorted(personas))}")
+    settings = [{name: ranking.config.get(name) for name in _ALIKE} for ranking in rankings]
+    if odd := next((i for i, one in enumerate(settings) if one != settings[0]), 0):
+        name = next(name for name in _ALIKE if settings[odd][name] != settings[0][name])
+        told = " and ".join(f"{settings[i][name]!r} in {names[i]}" for i in (0, odd))
+        raise DataError(f"rankings made alike are compared, {name} is {told}: rank again")
     if len(places := {(sae.d_in, str(sae.metadata.get("hook"))) for sae in saes}) > 1:
         found = " and ".join(f"width {d} at {hook}" for d, hook in sorted(places))
         raise ModelError(f"SAEs of one hook point are compared, got {found}")

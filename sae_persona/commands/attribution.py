@@ -61,6 +61,8 @@ def rank(
     """
     if every == bool(persona):
         raise ConfigError("name the personas to rank, or pass --all, and not both")
+    if words is not None and "trait_words" not in config.given:
+        raise ConfigError("--words lists what --given trait_words counts: give both, or neither")
     opened = Run.open(run)
     rankings = pipeline.rank_all_stage(
         opened, None if every else persona, config=config, words=_words(words), device=checked_device(device)
@@ -138,6 +140,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Does a persona's ranking survive on SAEs of other seeds or widths?"""
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ConfigError("a ranking survives in its own run: name each run once")
     opened = [Run.open(run) for run in runs]
     rankings = [pipeline.open_ranking(run, persona) for run in opened]
     models = {run.stage("train")["model"]["config_hash"] for run in opened}

@@ -11,7 +11,7 @@ from sae_persona.activations.dialogues import Dialogue
 from sae_persona.activations.texts import read_texts
 from sae_persona.attribution.label_check import CheckConfig, check_labels
 from sae_persona.attribution.label_join import join_labels
-from sae_persona.attribution.label_split import SplitConfig, split_dialogues
+from sae_persona.attribution.label_split import SplitConfig, scarce, split_dialogues
 from sae_persona.commands.flags import with_flags
 from sae_persona.commands.options import AsJson, Texts, say, show_result
 from sae_persona.errors import RunError
@@ -51,6 +51,8 @@ def split(dialogues: Dialogues, out: Out, config: SplitConfig, force: Force = Fa
     held_out = sum(dialogue.split == "held_out" for dialogue in made)
     left_out = f"; {len(texts) - len(made)} without labels, or leaking, left out" if len(made) < len(texts) else ""
     typer.echo(f"{out}: {len(made) - held_out} train, {held_out} held-out{left_out}")
+    if few := scarce(made):
+        say(f"a split has too few examples to rank {', '.join(few)}: `labels check` counts them; split by another --by")
 
 
 @labels_app.command()

@@ -55,11 +55,16 @@ def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig)
         if not len(found.pooled.ids):
             raise DataError("no answer in these texts has labels: give each row labels {PERSONA: 0 or 1}")
         found.save(run)
-        for folder in ("rankings", "screens", "sweeps"):  # they speak of what was measured before
-            shutil.rmtree(run.path / folder, ignore_errors=True)
-        run.descriptions.unlink(missing_ok=True)
+        for path in of_the_measurement(run):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         facts |= {"examples": len(found.pooled.ids), "dropped": found.dropped, "tokens": found.stats.n_tokens}
     return found
+
+
+def of_the_measurement(run: Run) -> list[Path]:
+    """What is in the run that speaks of what it was measured on: another measurement takes it away."""
+    paths = (*(run.path / name for name in ("rankings", "screens", "sweeps")), run.descriptions)
+    return [path for path in paths if path.exists()]
 
 
 def scan_stage(

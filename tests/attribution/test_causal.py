@@ -90,7 +90,7 @@ def test_of_few_questions_intervals_are_over_pairs(lm, planted, pairs, make_rank
     few = screen(lm, planted, make_ranking([PERSONA]), same, replace(CONFIG, screened=1, controls=0))
     assert (few.n_questions, few.over, found.over) == (1, "pairs", "questions")
     assert few[0].effect.low < few[0].effect.value < few[0].effect.high
-    assert "of 1 questions, intervals over pairs" in str(few)
+    assert "held-out pairs on 1 questions, intervals over pairs" in str(few)
 
 
 def test_agreement_is_spearmans_over_what_was_run(lm, planted, found, pairs):

@@ -139,7 +139,7 @@ def test_a_bad_file_is_one_line(ranking, tmp_path):
     ("setting", "sentence"),
     [
         ({"pool": "last"}, "pool is one of pre, max, mean, got 'last'"),
-        ({"within": ("colour",)}, "within takes template, domain, author, dialogue, got colour"),
+        ({"within": ("colour",)}, 'dialogue, or "" for none of them, got colour'),
         ({"by": "size"}, "by is rank or activation, got 'size'"),
         ({"permutations": 0}, "at least 1, got 0, 50, 100"),
         ({"min_rate": 5}, "between 0 and 1, got 5"),

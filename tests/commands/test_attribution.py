@@ -72,11 +72,12 @@ def test_pairs_come_from_the_measured_dialogues(call, run, tmp_path):
     for row in rows:
         row["messages"] = [m for m in row["messages"] if m["role"] != "system"][-4:]  # the last two turns: fewer tokens
     texts = write_rows(tmp_path / "labelled.jsonl", rows)
-    assert call("measure", run.path, texts, "--context-size", "200")[0] == 0
+    code, _, err = call("measure", run.path, texts, "--context-size", "200")
+    assert code == 0 and "of the measurement before, and gone with it: rankings" in err
     assert call("rank", run.path, "formal", "--permutations", "99")[0] == 0
     code, out, err = call("screen", run.path, "formal", *SMALL)
     assert code in (0, 1), err
-    assert "formal: latents ablated at 'pre'" in out
+    assert "formal: latents ablated at 'pre'" in out and " held-out pairs on " in out
     write_rows(texts, rows[:-1])
     code, _, err = call("screen", run.path, "formal", *SMALL)
     assert code == 2 and "is not what" in err
@@ -97,6 +98,12 @@ def test_stability(call, run, demo_run):
     assert code == 1 and "does not survive" in err
 
 
+def test_rankings_made_otherwise_are_not_compared(call, run, demo_run):
+    assert call("rank", run.path, "formal", "--permutations", "99", "--given", "length")[0] == 0
+    code, _, err = call("stability", "formal", demo_run.path, run.path, "--draws", "20")
+    assert code == 2 and f"given is [] in {demo_run.path} and ['length'] in {run.path}: rank again" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -104,10 +111,12 @@ def test_stability(call, run, demo_run):
         (["screen", "{run}", "formal", "no.jsonl"], "no pairs at no.jsonl"),
         (["screen", "{run}", "formal", "{pairs}", "--screened", "500"], "screened 500 is more than the"),
         (["stability", "formal", "{run}"], "two SAEs or more"),
-        (["stability", "villain", "{run}", "{run}"], "has no ranking for villain"),
+        (["stability", "villain", "{run}", "{demo}"], "has no ranking for villain"),
+        (["stability", "formal", "{run}", "{demo}", "{run}"], "name each run once"),
+        (["rank", "{run}", "formal", "--words", "{pairs}"], "--words lists what --given trait_words counts"),
     ],
 )
-def test_mistakes_are_told_and_leave_nothing(call, run, pairs, arguments, said):
-    code, _, err = call(*(part.format(run=run.path, pairs=pairs) for part in arguments))
+def test_mistakes_are_told_and_leave_nothing(call, run, demo_run, pairs, arguments, said):
+    code, _, err = call(*(part.format(run=run.path, demo=demo_run.path, pairs=pairs) for part in arguments))
     assert code == 2 and said in err.splitlines()[-1] and "Traceback" not in err
     assert not run.screen("formal").exists() and not run.has("screen")

@@ -46,6 +46,18 @@ def test_split_then_check(call, rows, tmp_path):
     assert call("labels", "split", rows, "--out", out, "--force", "--seed", "3")[0] == 0
 
 
+def test_a_split_in_which_a_persona_cannot_be_ranked_is_told(call, tmp_path):
+    """Domains go whole to one split, so a persona that is labelled in one domain only is in one split only."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "split.jsonl"
+    made = [{"text": f"text {i} of {i * 7} and {i * 13}", "domain": f"d{i % 2}",
+             "labels": {f"trait{i % 2}": i // 2 % 2, "vain": i // 2 % 2}} for i in range(120)]  # fmt: skip
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    code, _, err = call("labels", "split", rows, "--by", "domain", "--out", out)
+    assert code == 0 and "too few examples to rank trait0, trait1:" in err
+    assert call("labels", "check", out, "--within", "")[0] == 1
+    assert "too few" not in call("labels", "split", rows, "--by", "id", "--out", out, "--force")[2]
+
+
 def test_what_does_not_hold_exits_1_and_mistakes_exit_2(call, rows, tmp_path):
     text = rows.read_text().splitlines()
     rows.write_text("\n".join([*text, json.dumps({**json.loads(text[0]), "id": "again"})]))
