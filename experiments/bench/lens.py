@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from experiments.bench import ledger
-from experiments.bench.stream import Shape, byte_tokenizer, shapes
+from experiments.bench.stream import Shape, byte_tokenizer, make, shapes
 from sae_persona.activations.hooks import editing, model_inputs
 from sae_persona.activations.lm import LM, wrap_lm
 from sae_persona.features.logit_lens import ENTRIES, LogitLens
@@ -61,15 +61,19 @@ def error_of_the_map(lm: LM, lens: LogitLens) -> float:
     return float(((got - (up - down) / 2).norm(dim=1) / got.norm(dim=1)).max())
 
 
+def on_a_cpu(shape: Shape) -> LM:
+    model = transformers.AutoModelForCausalLM.from_config(shape.model, dtype=torch.bfloat16)
+    return wrap_lm(model, byte_tokenizer(), name="random")
+
+
 def measured(shape: Shape, n: int, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(shape.model, dtype=torch.bfloat16).to(device)
-    lm, hook = wrap_lm(model, byte_tokenizer(), name="random"), HookPoint(shape.layer)
+    lm, hook = (make(shape) if device == "cuda" else on_a_cpu(shape)), HookPoint(shape.layer)
     w = torch.nn.functional.normalize(torch.randn(n, lm.d_model, device=device), dim=1)
     sae = SAE(w, torch.zeros(n, device=device), w, torch.zeros(lm.d_model, device=device), TopK(shape.k))
     lens = LogitLens(lm, sae)
     # the tokenizer here knows bytes only; the lens is to rank the whole vocabulary
-    lens.unembedding = replace(lens.unembedding, weight=model.get_output_embeddings().weight)
+    lens.unembedding = replace(lens.unembedding, weight=lm.model.get_output_embeddings().weight)
     off, latents = error_of_the_map(lm, lens), torch.arange(n)
     folded, weight = lens.unembedding.fold(w), lens.unembedding.weight.float()
     rows = max(1, ENTRIES // len(weight))
