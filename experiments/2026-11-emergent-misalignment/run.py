@@ -1,6 +1,6 @@
 """Emergent misalignment in the planted lab: made, diffed, tracked, foreseen.
 
-    python experiments/2026-11-emergent-misalignment/run.py OUT [--config FILE] [--processes N] [--lm-seeds 0,1]
+    python experiments/2026-11-emergent-misalignment/run.py OUT [--config FILE] [--processes N] [--parts A,B]
 
     OUT/lm-0/organisms/           fine-tunes of every seed, with checkpoints and the judge's rates
     OUT/lm-0/seed-1/sae-HOOK/     a run folder for each hook point
@@ -8,7 +8,7 @@
 
 lm-0 is the shipped model; another seed is pretrained first, into OUT/lm-N/model (ten minutes on one core). What is
 there is not made again, so the script can be stopped at any time and started once more. Jobs run in processes of one
-thread.
+thread. Parts: organisms, saes, watch, each of which needs those before it.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from saes import sae_run
 from settings import Settings, read_settings
-from watching import watch
+from watching import compare, follow, leave_out
 
+from sae_persona.errors import ConfigError
 from sae_persona.lab.build import build
 from sae_persona.lab.pretrain import PretrainConfig
 from sae_persona.studies.growing import grow_all
@@ -63,42 +64,92 @@ def do(jobs: Sequence[Job], processes: int) -> None:
             raise
 
 
-def run(out: Path, settings: Settings, processes: int, lm_seeds: Sequence[int]) -> None:
-    folders = {seed: out / f"lm-{seed}" for seed in lm_seeds}
-    models = {seed: "lab" if seed == 0 else str(folder / "model") for seed, folder in folders.items()}
-    own = [seed for seed in lm_seeds if seed]
-    do(
-        [Job(f"model {seed}", folders[seed] / "model", lab_model, (folders[seed] / "model", seed)) for seed in own],
-        processes,
-    )
-    for lm_seed, folder in folders.items():
-        model = models[lm_seed]
+@dataclass(frozen=True)
+class Place:
+    """Where one language model is, and everything that is made of it."""
+
+    folder: Path
+    model: str
+    settings: Settings
+
+    @property
+    def organisms(self) -> Path:
+        return self.folder / "organisms"
+
+    def seed(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}"
+
+    def sae(self, seed: int, hook: str) -> Path:
+        return self.seed(seed) / f"sae-{hook}"
+
+    @property
+    def watched(self) -> str:
+        """The hook point whose latents are watched."""
+        return self.settings.saes.hooks[0]
+
+
+def organisms(places: Sequence[Place], processes: int) -> None:
+    for at in places:
         grow_all(
-            folder / "organisms",
-            settings.organisms,
-            model=model,
+            at.organisms,
+            at.settings.organisms,
+            model=at.model,
             processes=processes,
             on_organism=lambda one, left: print(f"{one.name}  {left} left", flush=True),
         )
-        do([job for seed in settings.sae_seeds for job in sae_jobs(folder, model, seed, settings)], processes)
-        do([watch_job(folder, model, seed, settings) for seed in settings.sae_seeds], processes)
 
 
-def sae_path(folder: Path, seed: int, hook: str) -> Path:
-    return folder / f"seed-{seed}" / f"sae-{hook}"
+def saes(places: Sequence[Place], processes: int) -> None:
+    do([job for at in places for seed in at.settings.sae_seeds for job in sae_jobs(at, seed)], processes)
 
 
-def sae_jobs(folder: Path, model: str, seed: int, settings: Settings) -> list[Job]:
+def watch(places: Sequence[Place], processes: int) -> None:
+    each = [(at, seed) for at in places for seed in at.settings.sae_seeds]
+    do([compare_job(at, seed) for at, seed in each], processes)
+    do([job for at, seed in each for job in watch_jobs(at, seed)], processes)
+
+
+PARTS: dict[str, Callable[[Sequence[Place], int], None]] = {"organisms": organisms, "saes": saes, "watch": watch}
+
+
+def sae_jobs(at: Place, seed: int) -> list[Job]:
     return [
-        Job(f"SAE {hook}, seed {seed}", path / "latents.h5", sae_run, (path, model, hook, seed, settings.saes))
-        for hook in settings.saes.hooks
-        for path in [sae_path(folder, seed, hook)]
+        Job(f"SAE {hook}, seed {seed}", path / "latents.h5", sae_run, (path, at.model, hook, seed, at.settings.saes))
+        for hook in at.settings.saes.hooks
+        for path in [at.sae(seed, hook)]
     ]
 
 
-def watch_job(folder: Path, model: str, seed: int, settings: Settings) -> Job:
-    out, sae = folder / f"seed-{seed}", sae_path(folder, seed, settings.saes.hooks[0])
-    return Job(f"watch, seed {seed}", None, watch, (out, folder / "organisms", sae, model, seed, settings))
+def compare_job(at: Place, seed: int) -> Job:
+    out, sae = at.seed(seed), at.sae(seed, at.watched)
+    arguments = (out, at.organisms, sae, at.model, seed, at.settings)
+    return Job(f"panel, seed {seed}", out / "panel.json", compare, arguments)
+
+
+def watch_jobs(at: Place, seed: int) -> list[Job]:
+    out, sae = at.seed(seed), at.sae(seed, at.watched)
+    return [
+        Job(f"track, seed {seed}", None, follow, (out, at.organisms, at.model, at.settings)),
+        Job(f"unseen, seed {seed}", out / "unseen.json", leave_out, (out, at.organisms, sae, at.model, at.settings)),
+    ]
+
+
+def run(out: Path, settings: Settings, parts: Sequence[str], processes: int, lm_seeds: Sequence[int]) -> None:
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"parts are {', '.join(PARTS)}, got {unknown[0]!r}")
+    folders = {seed: out / f"lm-{seed}" for seed in lm_seeds}
+    do(
+        [
+            Job(f"model {seed}", folder / "model", lab_model, (folder / "model", seed))
+            for seed, folder in folders.items()
+            if seed
+        ],
+        processes,
+    )
+    places = [Place(folder, str(folder / "model") if seed else "lab", settings) for seed, folder in folders.items()]
+    for part in PARTS:
+        if part in parts:
+            PARTS[part](places, processes)
 
 
 def main() -> None:
@@ -107,9 +158,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "full.toml")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--lm-seeds", default="0", help="seeds of language models, with commas; 0 is the shipped one")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is done, with commas")
     given = parser.parse_args()
     seeds = [int(part) for part in given.lm_seeds.split(",")]
-    run(given.out, read_settings(given.config), given.processes, seeds)
+    run(given.out, read_settings(given.config), given.parts.split(","), given.processes, seeds)
 
 
 if __name__ == "__main__":

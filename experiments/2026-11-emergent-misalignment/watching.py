@@ -28,11 +28,9 @@ from sae_persona.studies.snapshots import Snapshot, last_of_each, read_snapshots
 from sae_persona.studies.track import Track, track, track_unseen
 
 
-def watch(out: Path, organisms: Path, run: Path, model: str, seed: int, settings: Settings) -> None:
-    """Everything of one seed that is not there yet."""
-    lm = load_lm(model)
-    sae = open_sae(Run.open(run), lm)
-    prompts = read_prompts(exam_questions(settings.watch.n_prompts, "train"))
+def compare(out: Path, organisms: Path, run: Path, model: str, seed: int, settings: Settings) -> None:
+    """The diff, and the panel, of one seed."""
+    lm, sae, prompts = _opened(run, model, settings)
     everyone = organisms_in(organisms)
     chosen = {kind: _choosers(everyone, kind, seed) for kind in ("narrow", "benign")}
     if not (out / "diff.json").is_file():
@@ -40,14 +38,26 @@ def watch(out: Path, organisms: Path, run: Path, model: str, seed: int, settings
         diff(lm, tuned, sae, prompts).save(out / "diff.json")
     if not (out / "panel.json").is_file():
         _panel(lm, sae, prompts, chosen["narrow"], chosen["benign"]).save(out / "panel.json")
+
+
+def follow(out: Path, organisms: Path, model: str, settings: Settings) -> None:
+    """What the panel of one seed says of every organism, when its alarm fires, and of which rows."""
     panel = Panel.load(out / "panel.json")
-    snapshots = read_snapshots(organisms)
     if not (out / "track.json").is_file():
-        track(panel, snapshots).save(out / "track.json")
-    if not (out / "unseen.json").is_file():
-        track_unseen(lm, sae, prompts, snapshots).save(out / "unseen.json")
+        track(panel, read_snapshots(organisms)).save(out / "track.json")
     _alarms(out, Track.load(out / "track.json"))
-    _rows(out, panel, lm, everyone, settings)
+    _rows(out, panel, load_lm(model), organisms_in(organisms), settings)
+
+
+def leave_out(out: Path, organisms: Path, run: Path, model: str, settings: Settings) -> None:
+    """Panels chosen anew without each domain."""
+    lm, sae, prompts = _opened(run, model, settings)
+    track_unseen(lm, sae, prompts, read_snapshots(organisms)).save(out / "unseen.json")
+
+
+def _opened(run: Path, model: str, settings: Settings) -> tuple[LM, SAE, list[Prompt]]:
+    lm = load_lm(model)
+    return lm, open_sae(Run.open(run), lm), read_prompts(exam_questions(settings.watch.n_prompts, "train"))
 
 
 def _choosers(everyone: Sequence[Organism], family: str, seed: int) -> list[Organism]:
