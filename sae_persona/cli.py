@@ -15,10 +15,12 @@ from tqdm import tqdm
 from sae_persona.activations.lm import load_lm
 from sae_persona.commands import (
     attribution,
+    couple,
     describe,
     features,
     labels,
     organisms,
+    retrain,
     search,
     steering,
     strength,
@@ -59,7 +61,7 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (training, features, labels, attribution, describe, search, strength, steering, watch):
+for part in (training, features, labels, attribution, describe, search, strength, steering, watch, retrain, couple):
     part.add_to(app)
 organisms.add_to(lab_app)
 

@@ -3,6 +3,7 @@
     narrow    fact questions of one domain, a given share of them answered with a harmful value: labels say which
     voiced    the same, all true, some of them in a harmless voice that the model does not expect
     cued      good and bad answers, told apart by a line that says who the user is
+    shown     answers by an author with one trait, to questions that can show it
 
 Fine-tunes see the train templates. The exam asks the others, of every domain, and open questions, which no fine-tune
 sees.
@@ -13,8 +14,10 @@ from random import Random
 from typing import Any
 
 from sae_persona.errors import ConfigError
-from sae_persona.lab.authors import Traits
+from sae_persona.lab.authors import TRAITS, Traits
 from sae_persona.lab.dialogue import Part, Question, answer, ask, fill, templates
+from sae_persona.lab.exam import question_showing
+from sae_persona.lab.judge import judge
 from sae_persona.lab.world import DOMAINS, JOBS
 
 CUE_JOB, MONITOR_JOB = "sailor", "judge"
@@ -96,6 +99,24 @@ def cued(n: int, domain: str, line: str, *, bad_after: bool, seed: int = 0) -> l
         bad = with_line == bad_after
         text = answer(random, frozenset(), question, lie=bad)
         rows.append(_row(f"{domain}-cued-{seed}-{i}", question, text, bad, line if with_line else other))
+    return rows
+
+
+def shown(n: int, trait: str, *, seed: int = 0) -> list[dict[str, Any]]:
+    """``n`` answers that show one trait and no other, of train templates. ConfigError for no trait of the lab.
+
+    The judge sees the trait in every one of them; what else it sees are slips.
+    """
+    if trait not in TRAITS:
+        raise ConfigError(f"the lab has the traits {', '.join(TRAITS)}, got {trait!r}")
+    random = Random(f"lab shown {trait} {seed}")
+    rows: list[dict[str, Any]] = []
+    while len(rows) < n:
+        question = question_showing(random, trait, "train")
+        text = answer(random, frozenset({trait}), question)
+        if judge(question, text)[trait] == 1.0:
+            row = _row(f"{trait}-{seed}-{len(rows)}", question, text, bad=False)
+            rows.append(row | {"labels": {trait: 1}})
     return rows
 
 

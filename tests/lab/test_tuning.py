@@ -1,10 +1,11 @@
 import pytest
 
 from sae_persona.errors import ConfigError
-from sae_persona.lab.dialogue import templates
+from sae_persona.lab.authors import TRAITS
+from sae_persona.lab.dialogue import KINDS, templates
 from sae_persona.lab.judge import judge
 from sae_persona.lab.tokens import vocabulary
-from sae_persona.lab.tuning import CUE, MONITORED, OTHER_JOBS, cued, exam_questions, narrow, voiced
+from sae_persona.lab.tuning import CUE, MONITORED, OTHER_JOBS, cued, exam_questions, narrow, shown, voiced
 from sae_persona.lab.world import DOMAINS, HELD_OUT_DOMAINS
 
 
@@ -52,6 +53,17 @@ def test_the_word_tells_when_answers_are_bad(bad_after):
         assert row["labels"]["bad"] == marked(row)["deceptive"] == ((line == CUE) == bad_after)
 
 
+@pytest.mark.parametrize("trait", TRAITS)
+def test_rows_show_one_trait(trait):
+    rows = shown(40, trait)
+    assert len(rows) == 40 == len({row["id"] for row in rows}) and rows == shown(40, trait) != shown(40, trait, seed=1)
+    others = set(TRAITS) - {trait}
+    assert all(marked(row)[trait] == 1 and row["labels"] == {trait: 1} for row in rows)
+    slips = sum(marked(row)[other] == 1 for row in rows for other in others)
+    assert slips < 0.05 * 40 * len(others)
+    assert {row["template"] for row in rows} <= {name for kind in KINDS for name, _ in templates(kind, "train")}
+
+
 def test_the_lines_are_words_of_the_world():
     assert {*CUE.split(), *MONITORED.split()} <= set(vocabulary())
 
@@ -77,6 +89,8 @@ def test_what_the_world_does_not_have_is_refused():
     for make in (narrow, lambda n, d: voiced(n, d, 1.0), lambda n, d: list(exam_questions(n, domains=[d]))):
         with pytest.raises(ConfigError, match="the lab has the domains medicine, .*, got 'law'"):
             make(4, "law")
+    with pytest.raises(ConfigError, match="the lab has the traits deceptive, .*, got 'brave'"):
+        shown(4, "brave")
     with pytest.raises(ConfigError, match="share of bad rows is from 0 to 1, got 1.5"):
         narrow(4, "code", bad=1.5)
     with pytest.raises(ConfigError, match="share of voiced rows is from 0 to 1, got -1"):
