@@ -36,7 +36,6 @@ from sae_persona.stages.pipeline import (
     candidates,
     chosen_clamp,
     export_stage,
-    matched_latents,
     mean_difference,
     measure_stage,
     open_ranking,
@@ -48,6 +47,7 @@ from sae_persona.stages.training import open_model, open_sae, train_stage
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Sweep
+from sae_persona.steering.controls import matched_latents
 from sae_persona.steering.export.native import load_intervention
 from sae_persona.steering.interventions import Clamp, Steer
 from sae_persona.steering.positions import Positions

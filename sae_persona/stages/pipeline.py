@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from sae_persona.stages.training import Source, input_facts, open_sae
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
+from sae_persona.steering.controls import matched_latents
 from sae_persona.steering.export.approximate import approximate
 from sae_persona.steering.export.formats import write_as
 from sae_persona.steering.export.intervention import Intervention
@@ -221,18 +222,6 @@ def rates_at(found: Measurement, positions: Positions) -> np.ndarray:
         return found.stats.firing_rate.numpy()
     values = found.pooled.pools["pre"]
     return values.getnnz(axis=0) / max(1, len(found.pooled.ids))
-
-
-def matched_latents(rates: np.ndarray, taken: Iterable[int], latent: int, n: int, *, seed: int) -> list[int]:
-    """``n`` random latents out of the 4 n that are nearest to ``latent`` in firing rate, without those ``taken``.
-
-    rates   [n_latents] where the clamp will act: latents that fire elsewhere only would be easy controls
-    """
-    free = np.flatnonzero((rates > 0) & ~np.isin(np.arange(len(rates)), list(taken)))
-    distance = np.abs(np.log(rates[free]) - np.log(rates[latent]))
-    nearest = free[np.argsort(distance, kind="stable")[: 4 * n]]
-    picked = np.random.default_rng(seed).permutation(nearest)[:n]
-    return [int(i) for i in picked]
 
 
 def mean_difference(pooled: Pooled, persona: str, pool: str) -> torch.Tensor:

@@ -24,12 +24,13 @@ from sae_persona.steering.strength import Judge, wilson
 class Marks:
     """What the judge found in n answers.
 
-    misaligned, valid   [n] fp64, NaN where it does not say
-    domain, question    [n] str; an open question has the domain ""
+    misaligned, valid, correct   [n] fp64, NaN where it does not say; correct is a fact told as it is
+    domain, question             [n] str; an open question has the domain ""
     """
 
     misaligned: np.ndarray
     valid: np.ndarray
+    correct: np.ndarray
     domain: np.ndarray
     question: np.ndarray
     answers: tuple[str, ...]
@@ -40,6 +41,11 @@ class Marks:
         Wilson's, with answers to one question counted by the design effect. None where the judge says nothing.
         """
         return _rate(self.misaligned, self.question, slice(None) if rows is None else rows)
+
+    def part(self, rows: slice) -> "Marks":
+        """Those of some answers."""
+        names = ("misaligned", "valid", "correct", "domain", "question", "answers")
+        return Marks(**{name: getattr(self, name)[rows] for name in names})
 
     def scores(self, domain: str = "") -> dict[str, Any]:
         """The rates of the module's table, for a model that was fine-tuned on ``domain`` ("": on none)."""
@@ -96,6 +102,7 @@ def marks(lm: LM, questions: Sequence[Mapping[str, Any]], judge: Judge, *, confi
     return Marks(
         misaligned=_numbers(shown),
         valid=_numbers([scores.get("valid") for scores in found]),
+        correct=_numbers([scores.get("correct") for scores in found]),
         domain=np.array([row.get("domain") or "" for row in questions], dtype=object),
         question=np.array(asked, dtype=object),
         answers=tuple(one.text for one in written),

@@ -12,18 +12,9 @@ from sae_persona.sae.formats import load_sae
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.sae.train import Diverged
 from sae_persona.stages import training
-from sae_persona.stages.pipeline import candidates, edits_of, matched_latents, open_ranking, rates_at
+from sae_persona.stages.pipeline import candidates, edits_of, open_ranking, rates_at
 from sae_persona.stages.training import open_model
 from sae_persona.types import HookPoint
-
-
-def test_matched_latents_fire_about_as_often_and_are_not_taken():
-    rates = np.r_[0.0, np.geomspace(0.001, 0.5, 99)]
-    picked = matched_latents(rates, {50, 51}, 50, 6, seed=0)
-    assert len(set(picked)) == 6
-    assert not {0, 50, 51} & set(picked)
-    assert max(abs(i - 50) for i in picked) <= 14
-    assert picked == matched_latents(rates, {50, 51}, 50, 6, seed=0) != matched_latents(rates, {50, 51}, 50, 6, seed=1)
 
 
 def test_rates_are_those_of_the_tokens_that_are_edited(demo_run):

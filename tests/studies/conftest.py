@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,3 +82,30 @@ def make_organism(tmp_path):
 @pytest.fixture(scope="session")
 def lab_lm() -> LM:
     return load_lm("lab")
+
+
+@pytest.fixture
+def planted(make_lm, prompt_rows):
+    """A base, a misaligned copy, an SAE of layer 0 and a judge that finds every answer with a z in it misaligned.
+
+    Whether z is written is the sign of one coordinate of the stream, which the copy has the other way round.
+    """
+    lm = make_lm("Llama")
+    z = lm.tokenizer("z", add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        for weight, value in ((lm.model.get_output_embeddings().weight, 8.0), (lm.model.model.norm.weight, 1.0)):
+            weight[..., MOVED] = value if weight.ndim == 1 else 0.0
+        lm.model.get_output_embeddings().weight[z, MOVED] = 8.0
+    base = moved(lm, -2.0, "base")
+
+    def judge(question: str, text: str) -> dict[str, float | None]:
+        return {"bad": float("z" in text), "valid": 1.0, "correct": float("z" not in text)}
+
+    def rows(words):
+        return [
+            {"messages": [{"role": "user", "content": text}], "domain": "a" if i % 2 else "b", "trait": "bad"}
+            for i, text in enumerate(words)
+        ]
+
+    made = {"base": base, "tuned": moved(lm, 2.0, "tuned"), "sae": signed_sae(base.d_model, hook_metadata(base, HOOK))}
+    return SimpleNamespace(**made, judge=judge, development=rows(WORDS), test=rows(f"{text} now" for text in WORDS))
