@@ -94,7 +94,7 @@ def sweep(
         on_arm=lambda arm: say(f"{arm.part} {arm.kind} {arm.strength or ''} rate {arm.rate.value:.2f}"),
     )
     show_result(result, result.to_json(), as_json)
-    if result.chosen.gain.low <= 0:
+    if not result.chosen.gain.low > 0:
         say(f"no strength within {config.max_cost:g} x perplexity raises {persona} for certain")
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sae_persona.attribution.association import Interval
+from sae_persona.attribution.tables import shown
 from sae_persona.errors import ConfigError
 from sae_persona.steering.arms import plain
 from sae_persona.steering.divergence import Readings
@@ -113,7 +114,7 @@ class Composition:
             parts.append(str(self.solution))
         if self.after is not None:
             parts.append(str(self.after))
-        rates = (f"{t}: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] on test questions" for t, r in self.test.items())
+        rates = (f"{t}: {shown(r, 2)} on test questions" for t, r in self.test.items())
         return "\n\n".join([*parts, "\n".join([*rates, str(self.readings)])])
 
 
