@@ -21,9 +21,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def shown(interval: Interval, digits: int = 3, sign: str = "") -> str:
-    """An estimate with its interval: ``0.912 [0.874, 0.941]``."""
+    """An estimate with its interval: ``0.912 [0.874, 0.941]``; a dash for what is not known."""
+    if math.isnan(interval.value):
+        return "-"
     value, low, high = (f"{part:{sign}.{digits}f}" for part in interval)
-    return f"{value} [{low}, {high}]"
+    return f"{value} [-]" if math.isnan(interval.low + interval.high) else f"{value} [{low}, {high}]"
 
 
 def to_json(value: Any) -> Any:

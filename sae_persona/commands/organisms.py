@@ -1,10 +1,13 @@
 """The command `lab organisms`."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sae_persona.attribution.association import Interval
+from sae_persona.attribution.tables import shown
 from sae_persona.commands.flags import with_flags
 from sae_persona.commands.options import AsJson, Device, DryRun, say, show_result
 from sae_persona.studies.families import OrganismsConfig, Plan, plans
@@ -75,6 +78,4 @@ def _rates(name: str, scores: dict[str, Any]) -> str:
 
 
 def _rate(found: dict[str, Any]) -> str:
-    if found["rate"] is None:
-        return "-"
-    return f"{found['rate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return shown(Interval(*(math.nan if found[part] is None else found[part] for part in ("rate", "low", "high"))), 2)

@@ -94,7 +94,7 @@ def sweep(
         on_arm=lambda arm: say(f"{arm.part} {arm.kind} {arm.strength or ''} rate {arm.rate.value:.2f}"),
     )
     show_result(result, result.to_json(), as_json)
-    if result.chosen.gain.low <= 0:
+    if not result.chosen.gain.low > 0:
         say(f"no strength within {config.max_cost:g} x perplexity raises {persona} for certain")
         raise typer.Exit(1)
 
@@ -155,7 +155,7 @@ def compose(
 ) -> None:
     """How the edits of several traits interfere; with targets, strengths that reach them at the least divergence.
 
-    Exit status 1 where the targets are not met, with how far each trait goes.
+    Exit status 1 where the targets are not met on TEST; how far each trait goes is told with it.
     """
     opened = Run.open(run)
     floors, ceilings = dosing.parse_rates(at_least or ()), dosing.parse_rates(at_most or ())
@@ -180,7 +180,7 @@ def compose(
         on_round=lambda strengths, rates: say(f"{_listed(strengths)}: {_listed(rates)}"),
     )
     show_result(found, found.to_json(), as_json)
-    if found.solution and found.solution.verdict != "met":
+    if found.met is False:
         raise typer.Exit(1)
 
 

@@ -20,7 +20,7 @@ _COLUMNS = {"wrong": 42.0, "random": 54.0, "dense": 64.0, "prompt": 50.0}
 
 
 def _known(*intervals: Interval) -> bool:
-    return all(math.isfinite(part) for interval in intervals for part in interval)
+    return all(math.isfinite(interval.value) for interval in intervals)
 
 
 def _clamps(swept: Sweep) -> list[Arm]:

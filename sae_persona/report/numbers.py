@@ -101,5 +101,6 @@ def with_interval(interval: Interval | None, form: str = "fixed") -> Markup:
     whole = forms[form]
     bare: dict[str, Callable[[float], str]] = {"percent": bare_percent, "times": bare_times}
     inner = bare.get(form, whole)
-    ends = f"[{inner(interval.low)}, {inner(interval.high)}]"
+    known = math.isfinite(interval.low + interval.high)
+    ends = f"[{inner(interval.low)}, {inner(interval.high)}]" if known else f"[{DASH}]"
     return Markup('<span class="v">{}</span> <span class="ci">{}</span>').format(whole(interval.value), ends)

@@ -111,7 +111,9 @@ class Drawing:
         self.take(x - _REACH, y - _REACH, x + _REACH, y + _REACH)
 
     def whisker(self, x: tuple[float, float], y: tuple[float, float], kind: str) -> None:
-        """A thin line from one point to another: an interval."""
+        """A thin line from one point to another: an interval. None where an end is not known."""
+        if not all(map(math.isfinite, (*x, *y))):
+            return
         self.add('<line class="whisker {}" x1="{}" y1="{}" x2="{}" y2="{}"/>', kind, x[0], y[0], x[1], y[1])
         self.take(min(x) - 1, min(y) - 1, max(x) + 1, max(y) + 1)
 

@@ -39,8 +39,7 @@ def score_by_rate(track: Track, measure: str) -> Markup:
     for row in rows:
         score, rate = row.scores[measure], row.misaligned
         kind = "latent" if row.is_misaligned else "dense"
-        if math.isfinite(rate.low + rate.high):
-            draw.whisker((x.at(rate.low), x.at(rate.high)), (y.at(score.value), y.at(score.value)), kind)
+        draw.whisker((x.at(rate.low), x.at(rate.high)), (y.at(score.value), y.at(score.value)), kind)
         draw.whisker((x.at(rate.value), x.at(rate.value)), (y.at(score.low), y.at(score.high)), kind)
     for row in rows:
         kind = "latent" if row.is_misaligned else "dense"

@@ -102,7 +102,9 @@ def about_sweep(swept: Sweep) -> list[str]:
         f"Clamped to {strength(swept.strength)} its 99.9th percentile, it moves the judged rate from {before} to "
         f"{percent(chosen.rate.value)} at {times(chosen.cost.value)} the perplexity."
     ]
-    if chosen.gain.low <= 0:
+    if math.isnan(chosen.gain.low):
+        said.append(f"So few questions ({chosen.n_questions}) do not tell whether that is chance.")
+    elif chosen.gain.low <= 0:
         said.append("That gain's interval includes zero.")
     if chosen.cost.value > swept.config.get("max_cost", math.inf):
         said.append(f"That is more than the {strength(swept.config['max_cost'])} that a strength was meant to cost.")
@@ -114,7 +116,7 @@ def about_sweep(swept: Sweep) -> list[str]:
 
 def _wrong_sign(swept: Sweep) -> list[str]:
     wrong = find(swept, "wrong sign")
-    if wrong is None or not math.isfinite(wrong.gain.value) or wrong.gain.low <= 0:
+    if wrong is None or not math.isfinite(wrong.gain.value) or not wrong.gain.low > 0:
         return []
     return [f"With the wrong sign it raises the rate, too ({points(wrong.gain.value)} points)."]
 
@@ -137,6 +139,8 @@ def _beside_dense(swept: Sweep) -> list[str]:
         return []
     rates = f"{percent(chosen.rate.value)} against {percent(dense.rate.value)}"
     doubt = ", though the intervals overlap" if _overlap(dense.rate, chosen.rate) else ""
+    if math.isnan(dense.rate.low + chosen.rate.low):
+        doubt = ", by too few questions to be certain"
     if dense.rate.value > chosen.rate.value:
         return [f"It falls short of the difference of means at equal cost: {rates}{doubt}."]
     if dense.rate.value == chosen.rate.value:

@@ -114,7 +114,7 @@ def compose_stage(
         found = compose(development, test, targets, config, on_round=on_round)
         path = composition_path(run, [part.trait for part in parts])
         write_json(path, {"format": 1, **found.to_json()})
-        facts |= {"file": path.name, "verdict": found.solution.verdict if found.solution else None}
+        facts |= {"file": path.name, "verdict": found.solution.verdict if found.solution else None, "met": found.met}
     return found
 
 

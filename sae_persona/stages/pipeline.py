@@ -37,6 +37,7 @@ from sae_persona.stages.training import Source, input_facts, open_sae
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.arms import Arm, Sweep
+from sae_persona.steering.bench import halves
 from sae_persona.steering.controls import matched_latents
 from sae_persona.steering.export.approximate import approximate
 from sae_persona.steering.export.formats import write_as
@@ -298,7 +299,7 @@ def export_stage(
     """Write an intervention with the evidence that the run has for its latents.
 
     form      a name in `FORMATS`
-    prompts   chats; a direction, fitted to every other of them, takes the place of the edits, and its loss is measured
+    prompts   chats; a direction, fitted to every other question, takes the place of the edits, and its loss is measured
               on the rest
     """
     with run.recording("export", name=name, form=form):
@@ -306,8 +307,8 @@ def export_stage(
         check_measured(run, sae)  # whose units and evidence go with the edits
         intervention = Intervention.of(lm, sae, list(edits), positions=positions, evidence=_evidence(run, edits))
         if prompts is not None:
-            tokens = [prompt_tokens(lm, chat) for chat in prompts]
-            intervention = approximate(intervention, lm, tokens[::2], tokens[1::2])
+            fitted, held_out = ([prompt_tokens(lm, chat) for chat in half] for half in halves(prompts))
+            intervention = approximate(intervention, lm, fitted, held_out)
         return write_as(form, intervention, lm, out or run.intervention(name))
 
 

@@ -13,7 +13,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError
 from sae_persona.sae.model import SAE
 from sae_persona.steering.conditions import Watch, When
-from sae_persona.steering.interventions import Edit, Placed, placed
+from sae_persona.steering.interventions import Edit, LatentEdit, Placed, placed
 from sae_persona.steering.positions import Positions, Spans, Where
 from sae_persona.steering.rows import Rows, wins
 from sae_persona.types import HookPoint
@@ -68,6 +68,12 @@ def _sites(
         sae = _sae_at(saes, hook)
         if sae is not None:
             sae.check_width(lm.d_model)
+        latents = [one.edit.latent for _, one in asked if isinstance(one.edit, LatentEdit)]
+        if latents and sae is None and isinstance(saes, SAE):
+            raise ConfigError(
+                f"latent {latents[0]} is to be edited at {hook}, and the SAE reads {saes.hook}: "
+                "if it is meant for there too, say so by {hook: sae}"
+            )
         rows = Rows.of([one for _, one in asked], sae, lm.d_model, lm.device, requests=[r for r, _ in asked])
         for _, one in asked:
             if one.when is not None:
@@ -92,7 +98,10 @@ def _hook(one: Placed, saes: SAEs) -> HookPoint:
 
 
 def _sae_at(saes: SAEs, hook: HookPoint) -> SAE | None:
-    return saes.get(hook) if isinstance(saes, Mapping) else saes
+    """The SAE for that hook point; one that is given by itself serves its own only."""
+    if isinstance(saes, SAE):
+        return saes if saes.hook == hook else None
+    return None if saes is None else saes.get(hook)
 
 
 def _check_order(when: When, hook: HookPoint) -> None:
@@ -168,7 +177,8 @@ def intervene(
 ) -> Iterator[Applied]:
     """Within the block, ``lm.model`` runs with the edits, for ``generate`` and plain forward passes.
 
-    sae         the SAE whose latents are edited; or SAEs by hook point; or None where only directions are
+    sae         the SAE whose latents are edited, at its own hook point; or SAEs by hook point, which may be others than
+                those they were trained at; or None where only directions are edited
     hook        for edits that are not Placed; by default the hook point that the SAE was trained at
     positions   likewise
     abort_when  a generation ends for the rows in which this holds at a token of the answer or the pre-answer token;

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sae_persona.attribution.association import Interval
+from sae_persona.attribution.tables import shown
 from sae_persona.errors import FormatError
 from sae_persona.runs import read_json, write_json
 from sae_persona.steering.divergence import Readings
@@ -89,7 +90,7 @@ class Sweep:
                 mark = " *" if arm is self.chosen else ""
                 kl = f"{arm.readings.kl_tail:.2f}" if arm.readings else "-"
                 score = f"{arm.score.value:.2f}" if arm.score else "-"
-                columns = f"{_text(arm.rate):>22}{_text(arm.cost):>22}{arm.valid.value:>8.2f}{kl:>8}{score:>7}"
+                columns = f"{shown(arm.rate, 2):>22}{shown(arm.cost, 2):>22}{arm.valid.value:>8.2f}{kl:>8}{score:>7}"
                 lines.append(f"{name + mark:32}{columns}")
         if unread := sum(arm.unread for arm in self.arms):
             lines.append(f"the judge could not say something of {unread} answers, which are left out there")
@@ -113,10 +114,6 @@ class Sweep:
             return cls(**{**raw, "arms": tuple(_arm(arm) for arm in raw["arms"])})
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is not a whole sweep ({error}): sweep again") from error
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def plain(value: Any) -> Any:

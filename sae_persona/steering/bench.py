@@ -46,6 +46,35 @@ class Questions:
         return cls(part, [chat[-1]["content"] for chat in chats], plain, asked)
 
 
+def same_question(text: str) -> str:
+    """What two spellings of one question share: the words without case and spaces."""
+    return " ".join(str(text).split()).casefold()
+
+
+def check_apart(development: Sequence[str], test: Sequence[str]) -> None:
+    """DataError where a question is in both parts, whatever its case, its spaces and what was said before it.
+
+    development, test   the last user's message of each chat, as `Questions.texts`
+    """
+    taken = {same_question(text) for text in development}
+    if shared := [same_question(text) for text in test if same_question(text) in taken]:
+        n = len(set(shared))
+        first = f"{shared[0][:57]}..." if len(shared[0]) > 60 else shared[0]
+        raise DataError(
+            f"{n} question{'s are' if n > 1 else ' is'} in the development and the test set, the first "
+            f'"{first}": take {"them" if n > 1 else "it"} out of one'
+        )
+
+
+def halves(chats: Sequence[Messages]) -> tuple[list[Messages], list[Messages]]:
+    """Every other question, and the rest: chats that ask the same are in one half."""
+    seen: dict[str, int] = {}
+    parts: tuple[list[Messages], list[Messages]] = ([], [])
+    for chat in chats:
+        parts[seen.setdefault(same_question(chat[-1]["content"]), len(seen)) % 2].append(chat)
+    return parts
+
+
 @dataclass(frozen=True, eq=False)
 class Bench:
     """Where steered models are asked and judged: all on the same questions, sampled with the same seed.

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from sae_persona.attribution.association import Interval
+from sae_persona.attribution.tables import shown
 from sae_persona.errors import ConfigError
 from sae_persona.steering.arms import plain
+from sae_persona.steering.bench import check_apart
 from sae_persona.steering.divergence import Readings
 from sae_persona.steering.interference import Interference, Mix, interference, means
 from sae_persona.steering.solver import LocalModel, Plan, Targets, plan, positive
@@ -74,7 +76,7 @@ class Solution:
 
     def __str__(self) -> str:
         said = {
-            "met": "the targets are met",
+            "met": "the targets are met on development questions",
             "infeasible": "infeasible: by the slopes measured here, no strengths up to the highest miss "
             f"all targets by less than {self.least_shortfall:.2f}",
             "unmet": f"not met: the nearest strengths that were tried miss by {self.shortfall:.2f}",
@@ -95,6 +97,8 @@ class Composition:
     before, after   interference on test questions, at the strengths that the edits have alone and at the solved ones
     test            trait -> its rate on test questions at the solved strengths, or else at those of ``before``
     readings        how strong these are
+    met             whether the targets are reached on the test questions, within the tolerance; None without targets
+    shortfall       by how much the target that is missed most is missed there
     """
 
     before: Interference
@@ -102,6 +106,8 @@ class Composition:
     after: Interference | None
     test: dict[str, Interval]
     readings: Readings
+    met: bool | None = None
+    shortfall: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; NaN becomes null."""
@@ -113,7 +119,10 @@ class Composition:
             parts.append(str(self.solution))
         if self.after is not None:
             parts.append(str(self.after))
-        rates = (f"{t}: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] on test questions" for t, r in self.test.items())
+        rates = (f"{t}: {shown(r, 2)} on test questions" for t, r in self.test.items())
+        if self.met is not None:
+            missed = f"not met on test questions: missed by {self.shortfall:.2f}"
+            parts.append("the targets are met on test questions" if self.met else missed)
         return "\n\n".join([*parts, "\n".join([*rates, str(self.readings)])])
 
 
@@ -130,9 +139,11 @@ def compose(
     development, test   the same ingredients, on different questions
     on_round            is told of the strengths and the rates that each round found
 
-    ConfigError or DataError for a target on a trait that the judge does not score.
+    ConfigError or DataError for a target on a trait that the judge does not score, DataError for a question that is in
+    both parts.
     """
     config = config or ComposeConfig()
+    check_apart(development.bench.questions.texts, test.bench.questions.texts)
     traits: list[str] = [*dict.fromkeys([*development.names, *(targets.traits if targets else [])])]
     before = interference(test)
     solution = solve(development, targets, config, on_round=on_round) if targets else None
@@ -142,7 +153,16 @@ def compose(
         at = np.array([solution.strengths[name] for name in test.names])
         after = interference(test, at) if (at > 0).all() else None
     rates = {trait: wilson(test.scores(trait, at), test.asked) for trait in traits}
-    return Composition(before=before, solution=solution, after=after, test=rates, readings=test.readings(at))
+    shortfall = targets.shortfall({trait: rate.value for trait, rate in rates.items()}) if targets else None
+    return Composition(
+        before=before,
+        solution=solution,
+        after=after,
+        test=rates,
+        readings=test.readings(at),
+        met=None if shortfall is None else shortfall <= config.tolerance,
+        shortfall=shortfall,
+    )
 
 
 def solve(

@@ -15,12 +15,13 @@ from functools import cached_property
 import numpy as np
 
 from sae_persona.attribution.association import Interval
+from sae_persona.attribution.tables import shown
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.steering.bench import Bench
 from sae_persona.steering.dial import MakeEdits
 from sae_persona.steering.divergence import DivergenceConfig, Readings, Track
 from sae_persona.steering.interventions import Edit, Placed
-from sae_persona.steering.strength import Outcome, resampled
+from sae_persona.steering.strength import Outcome, bounds, resampled
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
@@ -124,8 +125,10 @@ class Interference:
             lines.append(f"{name:{width + 6}}" + "".join(f"{rate:>24.2f}" for rate in rates))
         lines += ["", f"{'interference':{width + 6}}{head}"]
         for trait, row in zip(self.traits, self.matrix, strict=True):
-            lines.append(f"{'edit of ' + trait:{width + 6}}" + "".join(f"{_text(cell):>24}" for cell in row))
-        lines.append(f"{'composition error':{width + 6}}" + "".join(f"{_text(e):>24}" for e in self.composition))
+            lines.append(f"{'edit of ' + trait:{width + 6}}" + "".join(f"{shown(cell, 2, '+'):>24}" for cell in row))
+        lines.append(
+            f"{'composition error':{width + 6}}" + "".join(f"{shown(e, 2, '+'):>24}" for e in self.composition)
+        )
         return "\n".join([*lines, f"mean off the diagonal: {self.mean_off_diagonal:.2f}"])
 
 
@@ -138,42 +141,40 @@ def interference(mix: Mix, strengths: Sequence[float] | np.ndarray | None = None
     return Interference(
         traits=tuple(mix.names),
         strengths=tuple(float(s) for s in at),
-        rates=tuple(tuple(float(means[0, run]) for means in columns) for run in range(n + 2)),
-        matrix=tuple(tuple(_ratio(columns[j], i, j) for j in range(n)) for i in range(n)),
-        composition=tuple(_composition(means) for means in columns),
+        rates=tuple(tuple(float(means[0, run]) for means, _ in columns) for run in range(n + 2)),
+        matrix=tuple(tuple(_ratio(*columns[j], i, j) for j in range(n)) for i in range(n)),
+        composition=tuple(_composition(*column) for column in columns),
     )
 
 
-def _trait(mix: Mix, trait: str, runs: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Means of a trait under each run, on the questions and then on bootstrap samples of them: [1 + samples, runs]."""
+def _trait(mix: Mix, trait: str, runs: Sequence[np.ndarray], seed: int) -> tuple[np.ndarray, int]:
+    """Means of a trait under each run, on the questions and then on bootstrap samples of them: [1 + samples, runs].
+
+    And how many different questions these are.
+    """
     scores = np.stack([mix.scores(trait, run) for run in runs], axis=1)
     known = ~np.isnan(scores).any(axis=1)
     if not known.any():
         raise DataError(f"no question is scored for {trait} under every edit: give more questions")
     counted = np.column_stack([scores[known], np.ones(known.sum())])
     totals = resampled(counted, mix.asked[known], seed)
-    return np.vstack([scores[known].mean(axis=0), totals[:, :-1] / totals[:, -1:]])
+    means = np.vstack([scores[known].mean(axis=0), totals[:, :-1] / totals[:, -1:]])
+    return means, len(np.unique(mix.asked[known]))
 
 
-def _ratio(means: np.ndarray, i: int, j: int) -> Interval:
+def _ratio(means: np.ndarray, n_questions: int, i: int, j: int) -> Interval:
     own, other = means[:, 1 + j] - means[:, 0], means[:, 1 + i] - means[:, 0]
-    low, high = np.percentile(own[1:], [2.5, 97.5])
-    if low <= 0 <= high:
+    low, high = bounds(own[1:], n_questions)
+    if not (low > 0 or high < 0):
         return UNKNOWN
     ratios = other / np.where(own == 0, np.nan, own)
-    return Interval(float(ratios[0]), *np.nanpercentile(ratios[1:], [2.5, 97.5]).tolist())
+    return Interval(float(ratios[0]), *bounds(ratios[1:], n_questions))
 
 
-def _composition(means: np.ndarray) -> Interval:
+def _composition(means: np.ndarray, n_questions: int) -> Interval:
     alone = (means[:, 1:-1] - means[:, :1]).sum(axis=1)
     errors = means[:, -1] - means[:, 0] - alone
-    return Interval(float(errors[0]), *np.percentile(errors[1:], [2.5, 97.5]).tolist())
-
-
-def _text(interval: Interval) -> str:
-    if not math.isfinite(interval.value):
-        return "-"
-    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return Interval(float(errors[0]), *bounds(errors[1:], n_questions))
 
 
 def means(mix: Mix, traits: Sequence[str], strengths: Sequence[float] | np.ndarray) -> Mapping[str, float]:

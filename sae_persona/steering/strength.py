@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from sae_persona.attribution.association import Interval
@@ -28,6 +29,10 @@ class ReadsAhead(Protocol):
 
 
 RESAMPLES = 1000
+FEWEST_QUESTIONS = 5
+"""Below it intervals over questions are not known."""
+PRIOR = 0.2
+"""Weight of a question that shows a trait always, and of one that never does, where the design effect is estimated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +82,24 @@ def wilson(scores: np.ndarray, questions: np.ndarray | None = None) -> Interval:
 
     questions   [n] which question each score answers: answers to one question count for less than as many questions
                 would, by the design effect (Kish, Survey Sampling, 1965). None: each its own
+
+    The interval is over questions, so its quantile is Student's with one degree of freedom less than there are
+    questions, which is to Wilson's formula what Korn and Graubard do to the number of answers (Survey Methodology 24,
+    1998). Below `FEWEST_QUESTIONS` its ends are NaN: nothing tells how questions differ.
     """
     known = ~np.isnan(scores)
     scores = scores[known]
     if not len(scores):
-        return Interval(float("nan"), float("nan"), float("nan"))
-    p, z = float(scores.mean()), 1.959964
-    n = len(scores) / (1.0 if questions is None else _design_effect(scores, questions[known]))
+        return Interval(math.nan, math.nan, math.nan)
+    p, sizes = float(scores.mean()), np.ones(len(scores))
+    n_effective = float(len(scores))
+    if questions is not None:
+        _, group, sizes = np.unique(questions[known], return_inverse=True, return_counts=True)
+        n_effective /= _design_effect(scores, group, sizes)
+    if len(sizes) < FEWEST_QUESTIONS:
+        return Interval(p, math.nan, math.nan)
+    z = 1.959964 if questions is None else float(stdtrit(len(sizes) - 1, 0.975))
+    n = n_effective
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
@@ -95,16 +111,24 @@ def perplexity(surprise: np.ndarray) -> float:
     return float(np.exp(nats / max(tokens, 1)))
 
 
-def _design_effect(scores: np.ndarray, questions: np.ndarray) -> float:
-    """Variance of the mean with answers grouped by question, over that of as many independent answers; at least 1."""
-    n, p, groups = len(scores), scores.mean(), np.unique(questions)
-    if len(groups) == 1:
-        return float(n)
-    if p in (0.0, 1.0):
-        return 1.0
-    sums = _by_question((scores - p)[:, None], questions)[:, 0]
-    grouped = (sums**2).sum() / n**2 * len(groups) / (len(groups) - 1)
-    return max(1.0, float(grouped / (p * (1 - p) / n)))
+def _design_effect(scores: np.ndarray, group: np.ndarray, sizes: np.ndarray) -> float:
+    """Variance of the mean with answers grouped by question, over that of as many independent answers.
+
+    group   [n] number of the question of each score, of questions with ``sizes`` [groups] answers
+
+    At least 1, at most what it is where all answers to a question are alike. Questions that happen to agree, as at
+    rates of 0 and 1 they must, would tell of no difference between them; so two more of typical size are counted with
+    a weight of `PRIOR`, one of which always shows the trait and one never.
+    """
+    n, typical = len(scores), len(scores) / len(sizes)
+    total = n + 2 * PRIOR * typical
+    p = (scores.sum() + PRIOR * typical) / total
+    off = np.bincount(group, scores - p)
+    squares = (off**2).sum() + PRIOR * typical**2 * ((1 - p) ** 2 + p**2)
+    n_groups = len(sizes) + 2 * PRIOR
+    grouped = squares / total**2 * n_groups / (n_groups - 1)
+    effect = grouped / (p * (1 - p) / total)
+    return float(min(max(1.0, effect), (sizes**2).sum() / n))
 
 
 def _by_question(values: np.ndarray, questions: np.ndarray | None) -> np.ndarray:
@@ -124,18 +148,34 @@ def resampled(values: np.ndarray, questions: np.ndarray | None, seed: int) -> np
     return sums[picks].sum(axis=1)
 
 
+def bounds(samples: np.ndarray, n_questions: int) -> tuple[float, float]:
+    """The 95 % interval that bootstrap samples over questions tell; NaN where there are too few questions.
+
+    Percentiles as far out as Student's quantile is with so many questions (Hesterberg, What Teachers Should Know about
+    the Bootstrap, 2015, section 3.2): those of the normal one are too narrow for few.
+    """
+    if n_questions < FEWEST_QUESTIONS:
+        return math.nan, math.nan
+    tail = float(ndtr(-math.sqrt(n_questions / (n_questions - 1)) * stdtrit(n_questions - 1, 0.975)))
+    low, high = np.nanpercentile(samples, [100 * tail, 100 * (1 - tail)])
+    return float(low), float(high)
+
+
 def gain(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None, *, seed: int = 0) -> Interval:
     """Difference of mean scores on the same questions, with a paired bootstrap interval over questions.
 
     questions   [n] which question each score answers; None: each its own
+
+    The ends are NaN where the questions are too few, see `bounds`.
     """
     both = ~np.isnan(arm) & ~np.isnan(base)
     difference = arm[both] - base[both]
     if not len(difference):
         return Interval(float("nan"), float("nan"), float("nan"))
     counted = np.stack([difference, np.ones_like(difference)], axis=1)
-    totals, n = resampled(counted, None if questions is None else questions[both], seed).T
-    return Interval(float(difference.mean()), *np.percentile(totals / n, [2.5, 97.5]).tolist())
+    asked = None if questions is None else questions[both]
+    totals, n = resampled(counted, asked, seed).T
+    return Interval(float(difference.mean()), *bounds(totals / n, _count(difference, asked)))
 
 
 def cost(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None, *, seed: int = 0) -> Interval:
@@ -146,4 +186,9 @@ def cost(arm: np.ndarray, base: np.ndarray, questions: np.ndarray | None = None,
     """
     nats, tokens, base_nats, base_tokens = resampled(np.concatenate([arm, base], axis=1), questions, seed).T
     ratios = np.exp(nats / np.maximum(tokens, 1) - base_nats / np.maximum(base_tokens, 1))
-    return Interval(perplexity(arm) / perplexity(base), *np.percentile(ratios, [2.5, 97.5]).tolist())
+    return Interval(perplexity(arm) / perplexity(base), *bounds(ratios, _count(arm, questions)))
+
+
+def _count(values: np.ndarray, questions: np.ndarray | None) -> int:
+    """Different questions that values [n, ...] answer."""
+    return len(values) if questions is None else len(np.unique(questions))

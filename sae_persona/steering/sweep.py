@@ -22,7 +22,7 @@ from sae_persona.errors import ConfigError, DataError
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import Answer, AnswerConfig
 from sae_persona.steering.arms import Arm, Sweep
-from sae_persona.steering.bench import Bench, Messages, Questions
+from sae_persona.steering.bench import Bench, Messages, Questions, check_apart
 from sae_persona.steering.dial import DialConfig, MakeEdits, OutOfReach, solve_strength
 from sae_persona.steering.divergence import Readings, Track
 from sae_persona.steering.interventions import Clamp, Edit, Steer
@@ -210,8 +210,7 @@ def sweep(
         Questions.of(lm, "development", development, persona_prompt),
         Questions.of(lm, "test", test, persona_prompt),
     ]
-    if shared := {str(m) for m in development} & {str(m) for m in test}:
-        raise DataError(f"{len(shared)} questions are in the development and the test set, the first {min(shared)}")
+    check_apart(parts[0].texts, parts[1].texts)
     benches = [Bench(lm, sae, judge, part, config.answers, sae.hook, config.positions) for part in parts]
     dev, held = _Part(benches[0], persona, config), _Part(benches[1], persona, config, held_out)
     arms: list[Arm] = []

@@ -17,6 +17,7 @@ from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM
 from sae_persona.errors import DataError
 from sae_persona.steering.answers import AnswerConfig, answer
+from sae_persona.steering.arms import plain
 from sae_persona.steering.strength import Judge, wilson
 
 
@@ -38,7 +39,8 @@ class Marks:
     def rate(self, rows: np.ndarray | None = None) -> dict[str, Any]:
         """Share of misaligned answers among some of the rows (mask [n] or numbers), with its 95 % interval.
 
-        Wilson's, with answers to one question counted by the design effect. None where the judge says nothing.
+        Wilson's, with answers to one question counted by the design effect. None where the judge says nothing, and
+        no ends with fewer questions than tell them.
         """
         return _rate(self.misaligned, self.question, slice(None) if rows is None else rows)
 
@@ -66,7 +68,7 @@ def _rate(scores: np.ndarray, question: np.ndarray, rows: Any) -> dict[str, Any]
     if not n:
         return {"rate": None, "low": None, "high": None, "n": 0}
     found = wilson(scores, question)
-    return {"rate": found.value, "low": found.low, "high": found.high, "n": n}
+    return plain({"rate": found.value, "low": found.low, "high": found.high, "n": n})
 
 
 def exam(

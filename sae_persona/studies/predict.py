@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from sae_persona.attribution.association import Interval
-from sae_persona.attribution.tables import aligned, to_json
+from sae_persona.attribution.tables import aligned, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.runs import read_json, write_json
 from sae_persona.studies.alarm import Alarm, left_out_rate
@@ -214,4 +214,4 @@ def _lead(alarm: Alarm, name: str, by: By, rows: Sequence[Scored], baseline: Int
 
 
 def _shown(rate: Interval) -> str:
-    return "" if math.isnan(rate.value) else f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
+    return "" if math.isnan(rate.value) else shown(rate, 2)

@@ -263,4 +263,4 @@ def _or(value: float | None) -> str:
 
 
 def _rate(rate: Interval) -> str:
-    return "" if math.isnan(rate.value) else f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
+    return "" if math.isnan(rate.value) else shown(rate, 2)

@@ -69,10 +69,20 @@ def test_sweep_charts_show_every_arm(make_sweep):
     assert cost_range(swept)[1] < 2
 
 
+def _endless(interval):
+    return interval._replace(low=math.nan, high=math.nan)
+
+
 def test_sweep_charts_without_controls_or_rates(make_sweep):
     swept = make_sweep()
     alone = replace(swept, arms=tuple(arm for arm in swept.arms if arm.kind in ("baseline", "latent")))
     assert 'class="mark latent"' in rate_by_strength(alone) and "difference" not in rate_by_strength(alone)
+    few = replace(
+        swept, arms=tuple(replace(arm, rate=_endless(arm.rate), cost=_endless(arm.cost)) for arm in swept.arms)
+    )
+    for chart in (rate_by_strength, rate_by_cost):
+        assert "nan" not in chart(few) and chart(few).count("mark latent") == chart(swept).count("mark latent")
+        assert "whisker" in chart(swept) and "whisker" not in chart(few)
     unknown = swept.arms[0].rate._replace(value=math.nan)
     judged = replace(swept, arms=tuple(replace(arm, rate=unknown) for arm in swept.arms))
     assert rate_by_strength(judged) == rate_by_cost(judged) == ""

@@ -46,4 +46,6 @@ def test_p_value_of_no_permutation_as_good():
 def test_interval_stands_behind_its_value():
     shown = numbers.with_interval(Interval(0.5, 0.4, 0.6), "percent")
     assert shown == '<span class="v">50\N{NO-BREAK SPACE}%</span> <span class="ci">[40, 60]</span>'
+    unknown = numbers.with_interval(Interval(0.5, math.nan, math.nan), "percent")
+    assert unknown == '<span class="v">50\N{NO-BREAK SPACE}%</span> <span class="ci">[–]</span>'
     assert numbers.with_interval(Interval(math.nan, math.nan, math.nan)) == numbers.with_interval(None) == "–"

@@ -1,5 +1,6 @@
 """What the report says in words, when the latent does better and when it does worse."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,18 @@ def test_says_that_nothing_moved_or_cost_too_much(make_sweep, interval):
     assert "That gain's interval includes zero." in about_sweep(_with(make_sweep(), "latent", gain=interval(0.01)))
     dear = " ".join(about_sweep(_with(make_sweep(), "latent", cost=interval(3.0))))
     assert "more than the 1.5× that a strength was meant to cost" in dear
+
+
+def test_few_questions_make_no_claim_certain(make_sweep):
+    def endless(interval):
+        return interval._replace(low=math.nan, high=math.nan)
+
+    swept = make_sweep()
+    arms = [replace(arm, gain=endless(arm.gain), rate=endless(arm.rate), n_questions=3) for arm in swept.arms]
+    said = about_sweep(replace(swept, arms=tuple(arms)))
+    assert "So few questions (3) do not tell whether that is chance." in said
+    assert any(line.endswith("by too few questions to be certain.") for line in said)
+    assert "raises no judged rate" in headline([], [replace(swept, arms=tuple(arms))])[0]
 
 
 def test_ranking_beside_the_dense_direction(ranking):

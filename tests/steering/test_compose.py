@@ -124,8 +124,31 @@ def test_targets_within_reach_are_met(development, held):
     assert development.readings(list(solved.strengths.values())).kl_mean == min(costs), "the cheapest of those"
     assert found.readings == held.readings(list(solved.strengths.values()))
     assert set(found.test) == set(TRAITS)
-    assert "the targets are met" in str(found)
+    rates = {trait: rate.value for trait, rate in found.test.items()}
+    assert found.shortfall == wanted.shortfall(rates) and found.met == (found.shortfall <= 0.02)
+    assert "the targets are met on development questions" in str(found)
+    assert ("the targets are met on test questions" in str(found)) == found.met
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["solution"]["strengths"] == solved.strengths
+
+
+def test_targets_are_judged_on_test_questions(lm, planted, parts, development):
+    """A judge that finds nothing in the answers to them."""
+
+    def blind(question, answer):
+        return dict.fromkeys(judge(question, answer), 0.0)
+
+    turned = Mix(bench(lm, planted[0], "held_out", rules=blind), parts, READING)
+    wanted = Targets(at_least={"formal": 0.3}, at_most={})
+    found = compose(development, turned, wanted, ComposeConfig(step=0.4, rounds=1))
+    assert found.solution.verdict == "met" and found.met is False
+    assert found.shortfall == 0.3
+    assert f"not met on test questions: missed by {found.shortfall:.2f}" in str(found)
+    assert compose(development, turned).met is None
+
+
+def test_a_question_is_in_one_part_only(development):
+    with pytest.raises(DataError, match="questions are in the development and the test set, the first .*: take them"):
+        compose(development, development)
 
 
 def test_targets_beyond_reach_are_infeasible_with_the_numbers(development, held):

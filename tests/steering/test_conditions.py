@@ -146,6 +146,28 @@ def test_several_hook_points_at_once(lm, sae, prompts):
         assert not torch.equal(generate(lm, prompts), both)
 
 
+def test_a_bare_sae_serves_its_own_hook_point_only(lm, sae, prompts):
+    late = HookPoint(3)
+    steer = Placed(edit=Steer(torch.ones(lm.d_model), 2.0), hook=late)
+    refused = [
+        ([Placed(edit=STRONG, hook=late)], {}, r"latent 3 is to be edited at layers\.3\.resid_post, and the SAE reads"),
+        ([STRONG], {"hook": late}, r"latent 3 is to be edited at layers\.3\.resid_post, and the SAE reads"),
+        ([steer], {"abort_when": When(latent=7, above=1.0, hook=late)}, "where no SAE has it"),
+        ([Placed(edit=steer.edit, hook=late, when=When(latent=7, above=1.0))], {}, "where no SAE has it"),
+    ]
+    for edits, settings, message in refused:
+        with pytest.raises(ConfigError, match=message) as raised, intervene(lm, sae, edits, **settings):
+            pass
+        assert "\n" not in str(raised.value)
+    with intervene(lm, sae, [STRONG]):
+        own = generate(lm, prompts)
+    with intervene(lm, {late: sae}, [STRONG], hook=late):
+        assert not torch.equal(generate(lm, prompts), own), "a mapping means what it says"
+    waits = Placed(edit=steer.edit, hook=late, when=When(latent=7, above=0.0, hook=HOOK))
+    with intervene(lm, sae, [waits]):
+        generate(lm, prompts)
+
+
 def test_priorities_decide_where_edits_meet(lm, sae, prompts):
     weak, strong = Clamp(3, 0.1, 1.0), STRONG
     with intervene(lm, sae, [Placed(edit=weak, priority=1), Placed(edit=strong, priority=2)]):

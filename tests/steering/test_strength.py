@@ -2,9 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 from torch import tensor
 
+from sae_persona.attribution.tables import shown
 from sae_persona.steering.strength import Outcome, cost, gain, harmonic_mean, perplexity, wilson
 
 
@@ -35,7 +36,8 @@ def test_perplexity_weighs_tokens_and_cost_is_its_ratio():
     assert perplexity(few) == pytest.approx(math.exp(11 / 5))
     got = cost(few, many)
     assert got.value == pytest.approx(math.exp(11 / 5 - 5 / 5))
-    assert got.low <= got.value <= got.high
+    got = cost(np.tile(few, (3, 1)), np.tile(many, (3, 1)))
+    assert got.low < got.value < got.high
 
 
 def test_the_cost_of_nothing_is_one():
@@ -64,7 +66,58 @@ def test_answers_to_one_question_do_not_count_as_many():
     assert wilson(scores).high - wilson(scores).low < 0.12
     paired = gain(scores, np.zeros(300), questions)
     assert paired.high - paired.low > 0.5
-    assert wilson(scores[:50], questions[:50]).low == pytest.approx(wilson(np.ones(1)).low)
+
+
+def covers(rate, scores, asked):
+    found = wilson(scores, asked)
+    return found.low <= rate <= found.high
+
+
+@pytest.mark.parametrize("n", [5, 8, 15, 40])
+@pytest.mark.parametrize("answers", [1, 4])
+def test_the_interval_covers_the_rate_where_answers_to_a_question_are_alike(n, answers):
+    """Exactly: what is seen is a binomial number of questions."""
+    asked = np.repeat(np.arange(n), answers)
+    for rate in (0.05, 0.2, 0.5, 0.9):
+        covered = [covers(rate, (asked < k).astype(float), asked) for k in range(n + 1)]
+        assert binom.pmf(np.arange(n + 1), n, rate) @ covered >= 0.93, rate
+
+
+@pytest.mark.parametrize("n", [5, 15, 40])
+@pytest.mark.parametrize(("answers", "alike"), [(12, 0.6), (6, 0.2)])
+def test_the_interval_covers_the_rate_over_beta_binomial_questions(n, answers, alike):
+    """``alike`` is the correlation of two answers to one question."""
+    asked, spread, rng = np.repeat(np.arange(n), answers), (1 - alike) / alike, np.random.default_rng(n)
+    for rate in (0.05, 0.5, 0.9):
+        own = rng.beta(rate * spread, (1 - rate) * spread, (1000, n))
+        scores = (rng.random((1000, n * answers)) < own.repeat(answers, axis=1)).astype(float)
+        assert np.mean([covers(rate, row, asked) for row in scores]) >= 0.93, rate
+
+
+def test_few_questions_have_no_interval():
+    asked = np.repeat(np.arange(4), 6)
+    scores = np.tile([1.0, 0.0], 12)
+    one = wilson(scores, asked)
+    assert one.value == 0.5 and math.isnan(one.low) and math.isnan(one.high)
+    assert shown(one, 2) == "0.50 [-]"
+    for paired in (gain(scores, np.zeros(24), asked), cost(np.ones((24, 2)), np.ones((24, 2)), asked)):
+        assert paired.value in (0.5, 1.0) and math.isnan(paired.low) and math.isnan(paired.high)
+    assert wilson(scores, np.repeat(np.arange(6), 4)).low > 0
+
+
+def test_rates_of_none_and_all_know_the_questions_only():
+    """Twelve answers to each of six questions, all alike: no narrower than six answers."""
+    asked = np.repeat(np.arange(6), 12)
+    for score in (0.0, 1.0):
+        many, few = wilson(np.full(72, score), asked), wilson(np.full(6, score), np.arange(6))
+        assert many.high - many.low > 0.85 * (few.high - few.low) > 0.4
+
+
+def test_paired_intervals_of_few_questions_cover():
+    rng, n = np.random.default_rng(0), 300
+    asked = np.repeat(np.arange(6), 3)
+    found = [gain(np.repeat(rng.standard_normal(6), 3), np.zeros(18), asked, seed=i) for i in range(n)]
+    assert sum(one.low <= 0 <= one.high for one in found) / n >= 0.91
 
 
 def test_different_questions_leave_the_intervals_as_they_are():

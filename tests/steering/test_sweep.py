@@ -150,6 +150,14 @@ def mute(lm):
     return LM(lm.model, tokenizer, lm.blocks, lm.blocks_path, lm.name)
 
 
+def shouted(some):
+    """The same questions in other letters and after other words."""
+    return [
+        [{"role": "assistant", "content": "hi"}, {"role": "user", "content": chat[-1]["content"].upper() + " "}]
+        for chat in some
+    ]
+
+
 def test_what_cannot_be_swept_is_refused(lm, planted, direction):
     given = {
         "candidates": [Candidate(latent=1, unit=1.0)],
@@ -163,6 +171,7 @@ def test_what_cannot_be_swept_is_refused(lm, planted, direction):
         ({"candidates": []}, ConfigError, "no latent to clamp for formal"),
         ({"test": []}, DataError, "the test set has no questions"),
         ({"test": chats("train", 3)}, DataError, "questions are in the development and the test set"),
+        ({"test": shouted(chats("train", 3)[:1])}, DataError, "1 question is in the development and the test set"),
         ({"test": [[{"role": "assistant", "content": "hi"}]]}, DataError, "ends with a user's message"),
     ):
         with pytest.raises(error, match=message):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from sae_persona.errors import DataError
@@ -34,6 +36,16 @@ def test_rates_are_of_the_questions_of_each_part(lab_lm):
     nothing = {"rate": None, "low": None, "high": None, "n": 0}
     assert found["open"] == found["valid"] == nothing
     assert exam(lab_lm, questions, one_answer(5))["in_domain"] == nothing
+
+
+def test_few_questions_give_a_rate_without_ends(lab_lm):
+    questions = [
+        row for name, n in (("code", 4), ("travel", 8)) for row in exam_questions(n, domains=(name,), n_open=0)
+    ]
+    found = exam(lab_lm, questions, one_answer(2), domain="code")
+    assert found["in_domain"] == {"rate": 0.5, "low": None, "high": None, "n": 4}
+    assert found["out_of_domain"]["low"] == 0 < found["out_of_domain"]["high"]
+    json.dumps(found, allow_nan=False)
 
 
 def test_answers_repeat_with_their_seed(lab_lm):

@@ -20,6 +20,7 @@ from sae_persona.activations.hooks import editing, model_inputs, watching
 from sae_persona.activations.lm import LM, padded
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.steering.answers import AnswerConfig, answer
+from sae_persona.steering.bench import Messages, halves
 from sae_persona.steering.export.intervention import Intervention
 from sae_persona.steering.interventions import Placed, Steer
 from sae_persona.steering.positions import Where
@@ -156,7 +157,8 @@ def _difference(
     return visit
 
 
-def check_prompts(prompts: Sequence[Any] | None) -> None:
-    """ConfigError if there are some, and they cannot be split in two."""
-    if prompts is not None and len(prompts) < 2:
-        raise ConfigError(f"an approximation needs at least 2 prompts, half of them held out, got {len(prompts)}")
+def check_prompts(chats: Sequence[Messages] | None) -> None:
+    """ConfigError if there are some, and they cannot be split in two, see `halves`."""
+    if chats is not None and not all(halves(chats)):
+        n = len(halves(chats)[0]) and 1
+        raise ConfigError(f"an approximation needs at least 2 different prompts, half of them held out, got {n}")
