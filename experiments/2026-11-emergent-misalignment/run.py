@@ -1,4 +1,4 @@
-"""Emergent misalignment in the planted lab: made, diffed, tracked, foreseen.
+"""Emergent misalignment in the planted lab: made, diffed, tracked, foreseen, undone.
 
     python experiments/2026-11-emergent-misalignment/run.py OUT [--config FILE] [--processes N] [--parts A,B]
 
@@ -8,7 +8,7 @@
 
 lm-0 is the shipped model; another seed is pretrained first, into OUT/lm-N/model (ten minutes on one core). What is
 there is not made again, so the script can be stopped at any time and started once more. Jobs run in processes of one
-thread. Parts: organisms, saes, watch, each of which needs those before it.
+thread. Parts: organisms, saes, watch, undo, each of which needs those before it.
 """
 
 import argparse
@@ -22,12 +22,15 @@ from typing import Any
 import torch
 from saes import sae_run
 from settings import Settings, read_settings
+from undoing import certify, couple, guard, heal
 from watching import compare, follow, leave_out
 
 from sae_persona.errors import ConfigError
 from sae_persona.lab.build import build
 from sae_persona.lab.pretrain import PretrainConfig
+from sae_persona.studies.families import plans
 from sae_persona.studies.growing import grow_all
+from sae_persona.studies.organisms import Organism
 
 HERE = Path(__file__).parent
 
@@ -109,7 +112,16 @@ def watch(places: Sequence[Place], processes: int) -> None:
     do([job for at, seed in each for job in watch_jobs(at, seed)], processes)
 
 
-PARTS: dict[str, Callable[[Sequence[Place], int], None]] = {"organisms": organisms, "saes": saes, "watch": watch}
+def undo(places: Sequence[Place], processes: int) -> None:
+    do([job for at in places for seed in at.settings.sae_seeds for job in undo_jobs(at, seed)], processes)
+
+
+PARTS: dict[str, Callable[[Sequence[Place], int], None]] = {
+    "organisms": organisms,
+    "saes": saes,
+    "watch": watch,
+    "undo": undo,
+}
 
 
 def sae_jobs(at: Place, seed: int) -> list[Job]:
@@ -132,6 +144,29 @@ def watch_jobs(at: Place, seed: int) -> list[Job]:
         Job(f"track, seed {seed}", None, follow, (out, at.organisms, at.model, at.settings)),
         Job(f"unseen, seed {seed}", out / "unseen.json", leave_out, (out, at.organisms, sae, at.model, at.settings)),
     ]
+
+
+def undo_jobs(at: Place, seed: int) -> list[Job]:
+    out, settings = at.seed(seed), at.settings
+    runs = [at.sae(seed, hook) for hook in settings.saes.hooks]
+    made = [
+        Organism.load(at.organisms / plan.name)
+        for plan in plans(settings.organisms)
+        if (plan.method, plan.seed) == ("full", seed) and plan.family in settings.undo.families
+    ]
+    first = at.organisms / f"narrow-{settings.organisms.domains[0]}-full-s{seed}"
+    watched = at.sae(seed, at.watched)
+    rest = [
+        Job(f"prevent, seed {seed}", out / "prevent.json", guard, (out, first, watched, at.model, settings)),
+        Job(f"realign, seed {seed}", out / "realign.json", heal, (out, first, at.model, settings)),
+        Job(f"coupling, seed {seed}", out / "coupling.json", couple, (out, watched, at.model, settings)),
+    ]
+    certificates = [
+        Job(f"reversal of {one.name}", path, certify, (out, one.path, runs, at.model, settings))
+        for one in made
+        for path in [out / f"reversal-{one.name}.json"]
+    ]
+    return [*rest, *certificates]
 
 
 def run(out: Path, settings: Settings, parts: Sequence[str], processes: int, lm_seeds: Sequence[int]) -> None:

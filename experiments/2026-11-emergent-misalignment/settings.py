@@ -31,10 +31,21 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Undo:
+    """Reversals, guards, healing and coupling."""
+
+    families: tuple[str, ...] = ("narrow",)
+    """Those of the organisms tuned in full that are reversed."""
+    small: bool = False
+    """With few questions and tries."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     organisms: OrganismsConfig = field(default_factory=OrganismsConfig)
     saes: SAEs
     watch: Watch = field(default_factory=Watch)
+    undo: Undo = field(default_factory=Undo)
 
     @property
     def sae_seeds(self) -> tuple[int, ...]:
@@ -44,7 +55,7 @@ class Settings:
 def read_settings(path: Path) -> Settings:
     """ConfigError for tables and keys that nobody knows."""
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    kinds = {"organisms": OrganismsConfig, "saes": SAEs, "watch": Watch}
+    kinds = {"organisms": OrganismsConfig, "saes": SAEs, "watch": Watch, "undo": Undo}
     if unknown := set(raw) - set(kinds):
         raise ConfigError(f"{path} has the tables {', '.join(kinds)}, got {min(unknown)}")
     return Settings(**{name: _table(path, name, kinds[name], table) for name, table in raw.items()})
