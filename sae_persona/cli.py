@@ -19,6 +19,7 @@ from sae_persona.commands import (
     features,
     labels,
     organisms,
+    reverse,
     search,
     steering,
     strength,
@@ -59,7 +60,7 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (training, features, labels, attribution, describe, search, strength, steering, watch):
+for part in (training, features, labels, attribution, describe, search, strength, steering, watch, reverse):
     part.add_to(app)
 organisms.add_to(lab_app)
 
