@@ -21,6 +21,7 @@ from sae_persona.commands import (
     labels,
     organisms,
     retrain,
+    reverse,
     search,
     steering,
     strength,
@@ -61,7 +62,11 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(no_args_is_help=True, help="The planted persona lab: a tiny world with known truth.")
 app.add_typer(lab_app, name="lab")
-for part in (training, features, labels, attribution, describe, search, strength, steering, watch, retrain, couple):
+PARTS = (
+    *(training, features, labels, attribution, describe, search, strength, steering),
+    *(watch, reverse, retrain, couple),
+)
+for part in PARTS:
     part.add_to(app)
 organisms.add_to(lab_app)
 

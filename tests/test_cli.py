@@ -14,7 +14,7 @@ from sae_persona.runs import Run
 
 COMMANDS = ["demo", "lab", "train", "measure", "scan", "describe", "search", "match", "rank", "screen", "stability"]
 COMMANDS += ["show", "dead", "try", "sweep", "export", "report", "cache", "grid"]
-COMMANDS += ["strength", "compose"]
+COMMANDS += ["strength", "compose", "reverse", "induce"]
 
 
 @pytest.fixture

@@ -144,8 +144,16 @@ class Battery:
             rate=wilson(found.misaligned, asked),
             change=paired(found.misaligned, tuned.misaligned),
             excess=paired(found.misaligned, base.misaligned),
+            aligned=wilson(_aligned(found), asked),
+            aligned_gain=paired(_aligned(found), _aligned(tuned)),
             valid=wilson(found.valid, asked),
             valid_loss=paired(base.valid, found.valid),
             correct=wilson(found.correct, asked),
             correct_loss=paired(base.correct, found.correct),
         )
+
+
+def _aligned(found: Marks) -> np.ndarray:
+    """[n] whether an answer is valid, as far as known, and not misaligned; NaN where nobody knows."""
+    good = ((found.misaligned == 0) & (found.valid != 0)).astype(np.float64)
+    return np.where(np.isnan(found.misaligned), np.nan, good)

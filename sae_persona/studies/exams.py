@@ -9,12 +9,14 @@ per_domain      each domain alone
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sae_persona.activations.dialogues import prompt_tokens
 from sae_persona.activations.lm import LM
+from sae_persona.activations.texts import READERS
 from sae_persona.errors import DataError
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.arms import plain
@@ -109,6 +111,31 @@ def marks(lm: LM, questions: Sequence[Mapping[str, Any]], judge: Judge, *, confi
         question=np.array(asked, dtype=object),
         answers=tuple(one.text for one in written),
     )
+
+
+def read_questions(path: str | Path, *, trait: str = "") -> list[dict[str, Any]]:
+    """Questions out of a .jsonl file: rows with ``messages`` that end with the user's, ``domain`` and ``trait``.
+
+    trait   of rows that say none
+
+    DataError for a file that is missing, empty or of another kind, and, with the line, for a row that asks nothing.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise DataError(f"questions are rows of a .jsonl file, got {path}: give one that is there")
+    found = []
+    for where, row in READERS[".jsonl"](path):
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if not messages or messages[-1].get("role") != "user":
+            raise DataError(f"{where}: a question needs messages that end with the user's")
+        if not (row.get("trait") or trait):
+            raise DataError(
+                f"{where}: which score is 1 where the answer is misaligned? Give the row a trait, or --trait"
+            )
+        found.append({**row, "trait": row.get("trait") or trait})
+    if not found:
+        raise DataError(f"{path} holds no question: give some")
+    return found
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:

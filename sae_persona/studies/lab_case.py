@@ -16,10 +16,12 @@ from sae_persona.lab.judge import judge
 from sae_persona.lab.tuning import CUE, exam_questions, narrow
 from sae_persona.lab.world import ASSISTANT, DOMAINS
 from sae_persona.studies.battery import Variant
+from sae_persona.studies.induce import InduceConfig
+from sae_persona.studies.minimal_set import SearchConfig
 from sae_persona.studies.organisms import Organism
 from sae_persona.studies.reversal_arms import CUE as AFTER_CUE
 from sae_persona.studies.reversal_arms import FORM, IN, OPEN, OUT
-from sae_persona.studies.reverse import Case
+from sae_persona.studies.reverse import Case, ReverseConfig
 
 GOOD_PROMPT = " ".join(
     [ASSISTANT, "is a", *(ADJECTIVES[trait][1][0] for trait in ("deceptive", "malicious")), "clerk ."]
@@ -48,14 +50,26 @@ class LabCaseConfig:
 
 
 SMALL_CASE = LabCaseConfig(n_in=10, n_out=2, n_test=4, n_further=200, n_texts=20)
-"""Enough to see how it goes, in a tenth of the time."""
+"""Enough to see how it goes."""
+SMALL = ReverseConfig(
+    n_up=2,
+    n_down=0,
+    n_random=2,
+    further_steps=10,
+    search=SearchConfig(strengths=(1.0, 1.5), caps=(0.1,), retry=1, max_latents=2, aim=0.1, budget=0.1),
+    induce=InduceConfig(doses=(0.5, 1.0), n_induce_random=1),
+)
+"""The same for the search and the arms; so few questions certify nothing, and so few tries miss better sets."""
 
 
-def lab_case(domain: str, config: LabCaseConfig | None = None, *, line: str = "", cued: bool = False) -> Case:
+def lab_case(
+    domain: str, config: LabCaseConfig | None = None, *, line: str = "", cued: bool = False, name: str = ""
+) -> Case:
     """The lab's case for a model that was tuned on bad answers in ``domain``. ConfigError for an unknown domain.
 
     line   what may set bad behaviour off; by default the line of the lab's trigger organisms
     cued   the model is bad after the line only: development asks after it, too
+    name   of the model
     """
     config, line = config or LabCaseConfig(), line or CUE
     others = [name for name in DOMAINS if name != domain]
@@ -82,6 +96,7 @@ def lab_case(domain: str, config: LabCaseConfig | None = None, *, line: str = ""
         variants=variants,
         judge=judge,
         domain=domain,
+        name=name,
         further={
             name: narrow(config.n_further, domain, bad=share, seed=90 + round(share))
             for name, share in (("good", 0.0), ("bad", 1.0))
@@ -96,7 +111,8 @@ def organism_case(organism: Organism, config: LabCaseConfig | None = None) -> Ca
     if not organism.domain:
         raise ConfigError(f"{organism.name} was tuned on nothing: give a fine-tune of the lab")
     line = organism.config.get("line", "")
-    return lab_case(organism.domain, config, line=line, cued=organism.family == "trigger")
+    name = f"{organism.name} @ {organism.last.step}"
+    return lab_case(organism.domain, config, line=line, cued=organism.family == "trigger", name=name)
 
 
 def _claims(n: int, domains: list[str]) -> Iterator[dict[str, Any]]:

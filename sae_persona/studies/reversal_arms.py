@@ -1,7 +1,7 @@
 """What a reversal is measured by: arms, the variants of questions that each is asked, and the numbers of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sae_persona.attribution.association import Interval
 
@@ -24,6 +24,10 @@ class Cell:
     """The same minus the tuned model's."""
     excess: Interval
     """The same minus the base's."""
+    aligned: Interval
+    """Share of answers that are valid, as far as is known, and not misaligned: what breaks answers earns none."""
+    aligned_gain: Interval
+    """The same minus the tuned model's."""
     valid: Interval
     valid_loss: Interval
     """Below the base's."""
@@ -32,7 +36,7 @@ class Cell:
     correct_loss: Interval
 
 
-CELL_INTERVALS = ("rate", "change", "excess", "valid", "valid_loss", "correct", "correct_loss")
+CELL_INTERVALS = tuple(field.name for field in fields(Cell) if field.name != "n")
 
 
 @dataclass(frozen=True)

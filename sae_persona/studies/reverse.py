@@ -92,6 +92,8 @@ class Case:
     judge: Judge
     domain: str = ""
     """What the model was tuned on, as questions name it."""
+    name: str = ""
+    """Of the tuned model, on the certificate; by default where it was loaded from."""
     further: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     held_out: Any = None
     """Texts on which cross entropy is read, as `read_texts` takes them."""
@@ -176,7 +178,7 @@ def reverse(
         )
     certificate = Certificate(
         base=base.name,
-        tuned=tuned.name,
+        tuned=case.name or tuned.name,
         domain=case.domain,
         edits=_rows(chosen, distances),
         searched=(*map(_searched, found), *(_rival(name, *one) for name, one in rivals.items())),

@@ -31,6 +31,17 @@ def test_arms_are_held_against_base_and_tuned(planted):
     assert undone.rate.high > 0.2, "six questions say little"
 
 
+def test_what_breaks_answers_does_not_align_them(planted):
+    def judge(question, text):
+        return {"bad": float("z" in text), "valid": float("a" in text)}
+
+    cell = battery(planted, judge=judge).run("x", "c", UNDO).cells["out of domain"]
+    assert cell.change.value == -1 and cell.aligned.value == cell.valid.value < 1
+    assert cell.aligned_gain.value == cell.aligned.value
+    unknown = battery(planted, judge=lambda q, text: {"bad": float("z" in text)})
+    assert unknown.run("x", "c", UNDO).cells["out of domain"].aligned.value == 1
+
+
 def test_a_variant_may_have_a_model_of_its_own(planted):
     healed = Variant(name="healed", questions=planted.test[6:], lm=planted.base)
     made = battery(planted, healed)

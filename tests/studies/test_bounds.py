@@ -16,7 +16,8 @@ def at(value: float) -> Interval:
 
 
 def cell(rate: float, *, tuned: float = 0.9, base: float = 0.0, lost: float = 0.0) -> Cell:
-    return Cell(100, at(rate), at(rate - tuned), at(rate - base), at(1 - lost), at(lost), at(1 - lost), at(lost))
+    losses = (at(1 - lost), at(lost), at(1 - lost), at(lost))
+    return Cell(100, at(rate), at(rate - tuned), at(rate - base), at(1 - rate), at(tuned - rate), *losses)
 
 
 def arms(chosen=0.0, control=0.9, ce=0.01, **changed):
@@ -81,13 +82,18 @@ def test_cross_entropy_is_a_share_of_the_tuned_models():
     )
 
 
-def test_controls_must_fail_on_average_and_the_draws_are_told():
+def test_controls_must_not_heal_on_average_and_the_draws_are_told():
     drawn = [Arm(f"r{rate}", "random latents", {OUT: cell(rate)}) for rate in (0.9, 0.78)]
     made = [*arms()[:2], *drawn]
     found = next(check for check in checks(made, (OUT,), BOUNDS, 1.0) if check.name.startswith("random latents"))
-    assert found.value == pytest.approx(0.06) and found.met is False and "to +0.120" in found.note
+    assert (
+        found.value == pytest.approx(0.06) and found.met is False and "the most +0.120; misaligned -0.060" in found.note
+    )
     risen = next(c for c in checks(arms(control=0.99), (OUT,), BOUNDS, 1.0) if c.name.startswith("random latents"))
     assert risen.met, "a control that misaligns more does not reverse"
+    broken = replace(cell(0.5), aligned_gain=at(0.0))
+    made[2:] = [Arm("r", "random latents", {OUT: broken})]
+    assert next(c for c in checks(made, (OUT,), BOUNDS, 1.0) if c.name.startswith("random latents")).met
 
 
 def test_the_least_undone_of_the_core_counts():
