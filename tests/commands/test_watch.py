@@ -49,10 +49,10 @@ def write_model(lm, folder):
 
 
 @pytest.fixture
-def place(make_lm, tmp_path, monkeypatch):
-    """Base, SAE, prompts, rows; organisms of two domains; twenty names of harmless ones in a list."""
+def place(make_lm, tmp_path, monkeypatch, request):
+    """Base, a Llama if not said, SAE, prompts, rows; organisms of two domains; twenty harmless ones in a list."""
     monkeypatch.chdir(tmp_path)
-    lm = make_lm("Llama")
+    lm = make_lm(getattr(request, "param", "Llama"))
     write_model(lm, tmp_path / "base")
     w = torch.cat([torch.eye(16), -torch.eye(16)])
     save_sae(
@@ -92,6 +92,7 @@ DIFF = ["diff", "sae", "base", "org/bad-a", "--prompts", "prompts.jsonl", "--per
 PANEL = ["--panel", "panel.json", "--benign", "org/good-a"]
 
 
+@pytest.mark.parametrize("place", ["Llama", "GPT2"], indirect=True)
 def test_from_two_checkpoints_to_an_alarm(call, place):
     code, out, err = call(*DIFF, *PANEL, "--out", "diff.json")
     assert code == 0, err
@@ -115,8 +116,10 @@ def test_from_two_checkpoints_to_an_alarm(call, place):
     assert code == 1 and json.loads(out)["leads"][0]["alarm"] is None
 
     code, out, err = call(
-        "predict", "rows", "panel.json", "base", "rows.jsonl", "--max-new-tokens", "3", "--out", "r.json"
+        *("predict", "rows", "panel.json", "base", "rows.jsonl", "--max-new-tokens", "3", "--pool", "mean"),
+        *("--out", "r.json"),
     )
+    assert code in (0, 1), err
     screened = RowScreen.load("r.json")
     assert out == f"{screened}\n" and len(screened.rows) == 8
     assert code == (0 if next(iter(screened.auroc.values())).low > 0.5 else 1)
