@@ -5,9 +5,9 @@
 Activations are drawn with ties and uneven firing rates (the most frequent latents fire on every example), labels at
 random within 50 templates. First both must give the same AUROCs. Timed are the transfer, the sort, midranks, exact
 moments, AUROCs of every latent for every persona, and own, max-T and pooled counts over every permutation; --given
-covariates makes them partial correlations. Not timed: drawing the data, and the compilation of the kernel, by a small
-case first. The loop calls roc_auc_score for --loop pairs of a latent and a labelling; what it would take for all pairs
-is extrapolated: for the AUROCs seen, and for those of every permutation too. Appends a row to attribution.csv.
+covariates, as splines, make them partial correlations. Not timed: drawing the data, and the compilation of the kernel,
+by a small case first. The loop calls roc_auc_score for --loop pairs of a latent and a labelling; what it would take for
+all pairs is extrapolated: for the AUROCs seen, and for those of every permutation too. Adds a row to attribution.csv.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from sae_persona.attribution.association import aurocs
 from sae_persona.attribution.midranks import SortedColumns
 from sae_persona.attribution.null import permutation_null, rank_statistics
 from sae_persona.attribution.partial import Residuals, partial_statistics
+from sae_persona.attribution.splines import room_for_knots, splines
 
 RESULTS = Path(__file__).with_name("attribution.csv")
 SIZES = {  # latents, examples, non-zeros an example, personas, permutations
@@ -68,6 +69,7 @@ def engine(
     mark("aurocs_s")
     if given:
         known = np.random.default_rng(1).normal(size=(len(y), given))
+        known = splines(known, room_for_knots(known, len(np.unique(blocks))))
         names = [str(i) for i in range(y.shape[1])]
         statistics = partial_statistics(columns, columns.doubled, labels, names, Residuals(known, blocks, device))
     else:

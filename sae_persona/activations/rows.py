@@ -47,8 +47,14 @@ class Mark:
 
 
 def read_labels(labels: Any, where: str) -> dict[str, float]:
-    """Persona -> number; personas without a mark (None or NaN, as columns of a table leave them) are left out."""
+    """Persona -> number from 0 to 1; personas without a mark (None or NaN, as columns of a table leave them) are left
+    out. DataError for a number beyond."""
     found = _numbers(labels, "labels", where)
+    for persona, mark in found.items():
+        if mark < 0 or mark > 1:
+            raise DataError(
+                f"{where}: the label of {persona!r} is {mark:g}, a label lies between 0 (without) and 1 (with)"
+            )
     return {persona: mark for persona, mark in found.items() if not math.isnan(mark)}
 
 

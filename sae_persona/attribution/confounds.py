@@ -4,7 +4,8 @@
     turn          number of the answer in its dialogue
     template, topic, author   a column a value, 1 where it is the example's; topic is the row's domain
     sentiment     TextBlob's polarity, -1 to 1 (its English lexicon)
-    trait_words   of each persona, the share of the answer's words that are in its list, or share a stem with its name
+    trait_words   of the persona that is ranked, the share of the answer's words that are in its list, or share a stem
+                  with its name
     class_words   likewise, for the words whose document frequency differs most between its classes on train
     NAME          what rows bring as covariates; it goes before a covariate of the same name here
 
@@ -64,7 +65,8 @@ def covariates(
     for name in names:
         columns |= {name: own[name]} if name in own else MADE[name](pooled, personas, words)
     values = [column.astype(np.float64) for column in columns.values()]
-    return Covariates(tuple(columns), np.stack(values, axis=1) if values else np.empty((len(pooled), 0)))
+    found = np.stack(values, axis=1) if values else np.empty((len(pooled), 0))
+    return Covariates(tuple(columns), found, tuple(name for name in A_PERSONA if name not in own))
 
 
 def class_words(pooled: Pooled, persona: str, n: int) -> list[str]:
@@ -181,3 +183,6 @@ MADE: dict[str, Callable[[Pooled, Sequence[str], WordConfig], Columns]] = {
     "class_words": _class_words,
 }
 """The covariates that can be had of any examples, and what makes each."""
+
+A_PERSONA = ("trait_words", "class_words")
+"""Those with a column for each persona."""

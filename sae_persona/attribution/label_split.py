@@ -1,4 +1,4 @@
-"""Deal labelled dialogues to train and held-out: no template (domain, author) and no near duplicate is in both."""
+"""Deal labelled dialogues to train and held-out: no template (domain, author), prompt or near duplicate is in both."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from sae_persona.attribution.label_check import SPLITS, said
 from sae_persona.attribution.labels import MIN_CLASS
 from sae_persona.attribution.near_duplicates import near_duplicates
 from sae_persona.errors import ConfigError, DataError
-from sae_persona.features.examples import labelled_marks
+from sae_persona.features.examples import Ids, labelled_marks
 
 By = Literal["template", "domain", "author", "id"]
 Leaks = Literal["together", "drop"]
@@ -51,12 +51,16 @@ def split_dialogues(texts: Iterable[str | Dialogue], config: SplitConfig | None 
 
     Groups are dealt in random order, the large ones first, each to the split that is further from its share of the
     classes in the group (after Sechidis et al., 2011, who stratify many labels so).
-    DataError for a dialogue that does not say what it is dealt by, or if all hang together.
+    Answers to one prompt are never parted. DataError for a dialogue that does not say what it is dealt by, an id that
+    stands twice, or if all hang together.
     """
     config = config or SplitConfig()
     dialogues = [text for text in texts if isinstance(text, Dialogue) and labelled_marks(text)]
     if not dialogues:
         raise DataError("none of these texts has labels: give each row labels {PERSONA: 0 or 1}")
+    ids = Ids()
+    for number, text in enumerate(dialogues):
+        ids.add(text, number)
     alike = near_duplicates([said(text) for text in dialogues], threshold=config.threshold, words=config.words)
     whole = _whole(dialogues, config, alike.clusters if config.leaks == "together" else None)
     split = np.where(_dealt(whole, _counts(dialogues), config), "held_out", "train")
@@ -89,17 +93,29 @@ def _whole(dialogues: list[Dialogue], config: SplitConfig, clusters: np.ndarray 
                 f"{len(without)} of {n} dialogues have no {config.by}, {where} the first: name it, or split by id"
             )
         own = np.unique(names, return_inverse=True)[1]
-    clusters = own if clusters is None else clusters
-    # groups and clusters are the two sides of a graph, each dialogue an edge
-    graph = sparse.csr_matrix((np.ones(n), (own, clusters)), shape=(n, n))
-    both = sparse.block_array([[None, graph], [graph.T, None]])
-    _, whole = np.unique(sparse.csgraph.connected_components(both, directed=False)[1][own], return_inverse=True)
+    sides = [own, _prompts(dialogues), *([] if clusters is None else [clusters])]
+    # each dialogue hangs on its group, its prompt and its cluster: nodes n, 2 n and 3 n on
+    hubs = np.concatenate([side + (i + 1) * n for i, side in enumerate(sides)])
+    size = (1 + len(sides)) * n
+    graph = sparse.csr_matrix((np.ones(len(hubs)), (np.tile(np.arange(n), len(sides)), hubs)), shape=(size, size))
+    _, whole = np.unique(sparse.csgraph.connected_components(graph, directed=False)[1][:n], return_inverse=True)
     if not whole.any():
         raise DataError(
             f"all {n} dialogues hang together, by their {config.by} or as near duplicates: split by something finer, "
             f"raise --threshold, or drop leaks"
         )
     return whole
+
+
+def _prompts(dialogues: list[Dialogue]) -> np.ndarray:
+    """Which dialogues answer one and the same prompt: a number for each, [n] from 0; a plain text is by itself."""
+    numbers: dict[object, int] = {}
+    found = []
+    for i, text in enumerate(dialogues):
+        before = text.messages if text.unanswered else text.messages[:-1]
+        prompt = tuple((message["role"], message.get("name"), message["content"]) for message in before)
+        found.append(numbers.setdefault(prompt or i, len(numbers)))
+    return np.array(found, np.int64)
 
 
 def _counts(dialogues: list[Dialogue]) -> np.ndarray:

@@ -61,8 +61,8 @@ def select(
     min_confidence   examples whose label is less certain (`Pooled.weights`) are left out; from 0 to 1
     force            take a class with fewer than MIN_CLASS examples, with a warning
 
-    DataError for an unknown persona, a class with fewer than MIN_CLASS examples (2 with ``force``), or blocks of one
-    class each; ConfigError for a confidence that is none.
+    DataError for an unknown persona, a label beyond 0 to 1, a class with fewer than MIN_CLASS examples (2 with
+    ``force``), or blocks of one class each; ConfigError for a confidence that is none.
     """
     if persona not in pooled.personas:
         raise DataError(_unknown(persona, pooled.personas))
@@ -70,6 +70,8 @@ def select(
     labels = pooled.labels[:, column]
     if not 0 <= min_confidence <= 1:
         raise ConfigError(f"min_confidence lies between 0 and 1, got {min_confidence}")
+    if (beyond := labels[(labels < 0) | (labels > 1)]).size:
+        raise DataError(f"a label of {persona!r} is {beyond[0]:g}: labels lie between 0 (without) and 1 (with)")
     sure = pooled.weights[:, column] >= min_confidence
     rows = np.flatnonzero(~np.isnan(labels) & sure & (pooled.split == split))
     if "dialogue" not in within:

@@ -17,6 +17,8 @@ from sae_kernels.ops import latent_lists
 from scipy import sparse
 from torch import Tensor
 
+from sae_persona.errors import DataError
+
 
 @dataclass(frozen=True)
 class SortedColumns:
@@ -36,10 +38,16 @@ class SortedColumns:
 
     @classmethod
     def of(cls, values: sparse.csr_matrix | np.ndarray, device: str | torch.device = "cpu") -> "SortedColumns":
-        """Sort a matrix [m, n_latents] of any real numbers."""
+        """Sort a matrix [m, n_latents] of any real numbers. DataError for one that is not finite: it has no rank."""
         entries = sparse.coo_matrix(values)
         m, n_latents = entries.shape  # pyright: ignore
         row, latent = (torch.from_numpy(part.astype(np.int64)).to(device) for part in (entries.row, entries.col))
+        if not np.isfinite(entries.data).all():
+            bad = int(np.flatnonzero(~np.isfinite(entries.data))[0])
+            raise DataError(
+                f"latent {entries.col[bad]} is {entries.data[bad]} at example {entries.row[bad]}, a finite number is "
+                f"wanted: measure in float32, or leave the example out"
+            )
         data = entries.data if entries.data.dtype == np.float32 else entries.data.astype(np.float64)
         value = torch.from_numpy(data).to(device)
         order = value.argsort(stable=True)

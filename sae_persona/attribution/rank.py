@@ -13,10 +13,10 @@ from sae_persona.attribution.consistency import Consistency, consistency
 from sae_persona.attribution.hard_negatives import FEWEST_HARD, hard_negatives
 from sae_persona.attribution.labels import WITHIN, Within
 from sae_persona.attribution.midranks import SortedColumns
-from sae_persona.attribution.null import Null, permutation_null, rank_statistics
+from sae_persona.attribution.null import Null, permutation_null
 from sae_persona.attribution.partial import Covariates
 from sae_persona.attribution.ranking import RankedLatent, Ranking
-from sae_persona.attribution.splits import Labelled, SplitExamples
+from sae_persona.attribution.splits import Labelled, SplitExamples, controls, room_in_both
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.pooled import POOLS, Pool, Pooled
 from sae_persona.features.stats import LatentStats
@@ -104,8 +104,11 @@ def rank_all(
 
     Ranks by the size of the standardised statistic on the train split; the held-out split decides nothing, it only
     repeats, in the direction found on train. Latents are sorted once; personas that are labelled on the same examples,
-    in the same blocks, are tested in one pass under the same permutations, others in passes of their own. Each gets
-    the ranking that it would get alone.
+    in the same blocks, given the same, are tested in one pass under the same permutations, others in passes of their
+    own. Each gets the ranking that it would get alone.
+
+    Numeric covariates are controlled for as linear splines (`splines.py`), or straight lines where there are too few
+    examples for a bend; `partial.py` says what of a confound is left.
 
     DataError as in ``select``, for a persona named twice, if no latent fires often enough, for covariates that are
     missing at an example, or that explain a label wholly; ConfigError for one that there is not. Before any result.
@@ -115,19 +118,20 @@ def rank_all(
         raise DataError(f"{twice[0]!r} is named twice: name each persona once")
     if not personas:
         raise DataError(f"no persona to rank: the labels are {', '.join(pooled.personas) or 'none'}")
-    known = _known(pooled, covariates, config)
-    groups: dict[tuple[bytes, ...], list[Labelled]] = {}
+    groups: dict[tuple[object, ...], tuple[Covariates | None, list[Labelled]]] = {}
     for persona in personas:
+        known = _known(pooled, covariates, config, persona)
         labelled = Labelled.of(pooled, persona, config.within, min_confidence=config.min_confidence, force=config.force)
-        groups.setdefault(labelled.examples, []).append(labelled)
+        alike = (*labelled.examples, known.names if known else ())
+        groups.setdefault(alike, (known, []))[1].append(labelled)
     columns = SortedColumns.of(pooled.pools[config.pool], device)
     found: dict[str, Ranking] = {}
-    for group in groups.values():
+    for known, group in groups.values():
         found |= {one.persona: one for one in _Group(pooled, stats, columns, known, group, config).rankings()}
     return {persona: found[persona] for persona in personas}
 
 
-def _known(pooled: Pooled, covariates: Covariates | None, config: RankConfig) -> Covariates | None:
+def _known(pooled: Pooled, covariates: Covariates | None, config: RankConfig, persona: str) -> Covariates | None:
     """The covariates that are controlled for, if any."""
     if not config.given:
         return None
@@ -135,11 +139,11 @@ def _known(pooled: Pooled, covariates: Covariates | None, config: RankConfig) ->
         raise ConfigError(f"given {', '.join(config.given)}, but no covariates came with the examples")
     if len(covariates.values) != len(pooled):
         raise DataError(f"covariates are of {len(covariates.values)} examples, there are {len(pooled)}")
-    return covariates.named(config.given)
+    return covariates.named(config.given, persona)
 
 
 class _Group:
-    """Personas that are labelled on the same examples, in the same blocks."""
+    """Personas that are labelled on the same examples, in the same blocks, and are given the same covariates."""
 
     def __init__(
         self, pooled: Pooled, stats: LatentStats, columns: SortedColumns, known: Covariates | None,
@@ -155,10 +159,12 @@ class _Group:
                 f"lower min_rate or choose another pool"
             )
         columns = columns.latents(self.tested)
-        by_activation = config.by == "activation"
+        n_knots = 0 if known is None else room_in_both(labelled[0], known)
         self.train, self.held_out = (
-            SplitExamples.of(split, columns, labelled, known, by_activation) for split in ("train", "held_out")
+            SplitExamples.of(split, columns, labelled, known, n_knots, config.by == "activation")
+            for split in ("train", "held_out")
         )
+        self.controls = () if known is None else controls(known, labelled[0].train, n_knots)
         self.settings: dict[str, Any] = {"permutations": config.permutations, "seed": config.seed}
 
     def rankings(self) -> Iterator[Ranking]:
@@ -167,8 +173,7 @@ class _Group:
         nulls = permutation_null(train.columns, train.statistics(train.columns), train.blocks, **self.settings)
         alone = [null.z for null in nulls]
         if self.config.given:
-            plain = rank_statistics(train.columns, train.labels(), train.blocks)
-            alone = [statistic.z.cpu().numpy() for statistic in plain]
+            alone = [statistic.z.cpu().numpy() for statistic in train.alone(train.columns)]
         again = aurocs(self.held_out.columns, self.held_out.labels()).cpu().numpy()
         for i in range(len(self.labelled)):
             yield self._ranking(i, nulls[i], alone[i], again[:, i])
@@ -195,6 +200,7 @@ class _Group:
             random_directions=random_directions(dense, train, held_out, seed=config.seed),
             hard=self._against_hard_negatives(i, order[: config.top]),
             warnings=tuple(one.warning for one in (train, held_out) if one.warning),
+            controls=self.controls,
         )
 
     def _templates(self, rows: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ class RankedLatent:
     p999: float
     """99.9th percentile of its non-zero activations over the corpus."""
     unadjusted_z: float = math.nan
-    """Given covariates: the standardised rank sum without them. Else z."""
+    """Given covariates: z by the same formula without them. Else z."""
     partial: Interval = _UNKNOWN
     """Partial correlation on train of midranks (or activations) and label, within blocks and given the covariates."""
     held_out_partial: Interval = _UNKNOWN
@@ -78,6 +78,8 @@ class Ranking(Sequence[RankedLatent]):
     """Latent -> AUROC on held-out positives against the hard negatives alone, where there are any."""
     warnings: tuple[str, ...] = ()
     """What whoever reads the table has to know."""
+    controls: tuple[str, ...] = ()
+    """Of each covariate given, its name and how it is taken away."""
 
     @overload
     def __getitem__(self, index: int) -> RankedLatent: ...
@@ -106,7 +108,7 @@ class Ranking(Sequence[RankedLatent]):
         )
         given = config.get("given") or ()
         if given:
-            title += f"; given {', '.join(given)}"
+            title += f"; given {', '.join(self.controls or given)}; z alone and AUROC are without"
         title = "\n".join([title, *(f"warning: {warning}" for warning in self.warnings)])
         heads = ["latent", "z", "p max-T", "q BH", "AUROC train", "AUROC held-out", "p held-out"]
         heads += [*(("z alone", "partial r") if given else ("r",)), "mean diff", "d", "templates", "fires", "p99.9"]
@@ -141,7 +143,7 @@ class Ranking(Sequence[RankedLatent]):
             parts["random"] = RandomLatents(**_numbers(parts["random"]))
             parts["random_directions"] = RandomDirections(**_numbers(parts["random_directions"]))
             parts["hard"] = {int(latent): Interval(*auroc) for latent, auroc in parts["hard"].items()}
-            parts["warnings"] = tuple(parts["warnings"])
+            parts |= {name: tuple(parts.get(name, ())) for name in ("warnings", "controls")}
             parts["n_train"], parts["n_held_out"] = tuple(parts["n_train"]), tuple(parts["n_held_out"])
             return cls(**parts)
         except (KeyError, TypeError, AttributeError) as error:

@@ -11,19 +11,23 @@ from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import FormatError
 from sae_persona.runs import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 LEVEL = 0.05
 
-Verdict = Literal["causal", "opposite", "associated only", "effect only", "no", "silent", "underpowered"]
-"""causal: told by the ranking, again on held-out examples, and its effect has the sign that the ranking says, an
-interval off 0, and is beyond the random latents'. opposite: such an effect of the other sign. associated only: the
-ranking holds, the effect does not. effect only: the effect holds, the ranking does not. no: neither. silent: setting
-it changes nothing in any held-out pair, so nothing was tested. underpowered: too few random latents for a p of 5 %."""
+Verdict = Literal[
+    "causal", "opposite", "associated only", "effect only", "no", "silent", "underpowered", "few questions"
+]
+"""causal: told by the ranking, again on held-out examples, and its effect has the sign that the ranking says, a p over
+questions up to 5 % after Holm's correction for the latents tested, and is beyond the random latents'. opposite: such an
+effect of the other sign. associated only: the ranking holds, the effect does not. effect only: the effect holds, the
+ranking does not. no: neither. silent: setting it changes nothing in any held-out pair, so nothing was tested.
+underpowered: too few random latents for a p of 5 %. few questions: too few for a verdict, p and interval are over
+pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenedLatent:
-    """What one latent does to the metric, beside what the ranking says of it. Effects are means over pairs, in nats."""
+    """What one latent does to the metric, beside what the ranking says of it. Effects are in nats."""
 
     latent: int
     rank: int | None
@@ -44,9 +48,19 @@ class ScreenedLatent:
     fires: float
     """Share of the held-out pairs in which setting the latent changes anything."""
     effect: Interval
-    """Exact, on the held-out pairs: metric with the latent set minus without."""
+    """Exact, on the held-out pairs: metric with the latent set minus without, a mean over questions."""
+    p_effect: float
+    """Of no effect, by t over questions, adjusted for the latents tested (Holm); 1 for one that is silent."""
+    rate: float
+    """Share of the train pairs' edited tokens on which it fires."""
+    random_rate: float
+    """Median of the same over the random latents that it is compared with."""
+    n_random: int
+    """How many those are."""
+    like: bool
+    """Whether each of those fires at least half and at most twice as often."""
     p_random: float
-    """Share of random latents whose effect is at least as large in size, (1 + #) / (1 + n)."""
+    """Share of those whose effect is at least as large in size, (1 + #) / (1 + n)."""
     output_score: float | None = None
     verdict: Verdict
 
@@ -71,7 +85,9 @@ class RandomEffects:
 
     latents: tuple[int, ...]
     effects: tuple[float, ...]
-    """Mean over the held-out pairs, with its sign."""
+    """Mean over the questions of the held-out pairs, with its sign."""
+    rates: tuple[float, ...]
+    """Share of the train pairs' edited tokens on which each fires."""
     mean: float
     """Of the sizes."""
     p95: float
@@ -117,7 +133,15 @@ class Screen(Sequence[ScreenedLatent]):
         return tuple(row for row in self.rows if row.verdict == "causal")
 
     def __str__(self) -> str:
-        return "\n".join([self._title(), "", *aligned(self._cells()), "", *self._agreements()])
+        return "\n".join([self._title(), *self._warnings(), "", *aligned(self._cells()), "", *self._agreements()])
+
+    def _warnings(self) -> list[str]:
+        few = [f"warning: {self.n_questions} questions are too few for a verdict"] if self.over == "pairs" else []
+        unlike = [row for row in self.rows if not row.like and row.fires and row.n_random]
+        if not unlike:
+            return few
+        named = ", ".join(f"{row.latent} ({row.rate:.2%} of the tokens, they {row.random_rate:.2%})" for row in unlike)
+        return [*few, f"warning: too few random latents fire within half and twice as often as {named}"]
 
     def _title(self) -> str:
         strength = self.config["strength"]
@@ -131,14 +155,15 @@ class Screen(Sequence[ScreenedLatent]):
 
     def _cells(self) -> list[list[str]]:
         heads = ["latent", "rank", "p max-T", "AUROC held-out", "p held-out", "estimate", "est. rank", "integrated"]
-        heads += ["delta", "fires", "exact effect", "p random"]
+        heads += ["delta", "fires", "exact effect", "p Holm", "rate", "random rate", "p random"]
         scored = any(row.output_score is not None for row in self.rows)
         cells = [[*heads, *(["output"] if scored else []), "verdict"]]
         for row in self.rows:
             told = [f"{row.rank}", f"{row.p_max_t:.3g}", shown(row.held_out_auroc), f"{row.held_out_p:.3g}"]
             line = [str(row.latent), *(told if row.rank is not None else ["-"] * 4)]
             line += [f"{row.estimate:+.3f}", str(row.estimate_rank), _number(row.integrated), f"{row.delta:+.3f}"]
-            line += [f"{row.fires:.0%}", shown(row.effect, 3, "+"), f"{row.p_random:.3g}"]
+            line += [f"{row.fires:.0%}", shown(row.effect, 3, "+"), f"{row.p_effect:.2g}"]
+            line += [f"{row.rate:.2%}", f"{row.random_rate:.2%}", f"{row.p_random:.3g}"]
             score = [] if not scored else ["" if row.output_score is None else f"{row.output_score:.3f}"]
             cells.append([*line, *score, row.verdict])
         n = len(self.random.latents)

@@ -12,6 +12,7 @@ from sae_persona.attribution.labels import Selection, Split, Within, select
 from sae_persona.attribution.midranks import SortedColumns
 from sae_persona.attribution.null import Statistic, rank_statistics
 from sae_persona.attribution.partial import Covariates, Residuals, partial_correlation, partial_statistics
+from sae_persona.attribution.splines import is_numeric, room_for_knots, splines
 from sae_persona.features.pooled import Pooled
 
 
@@ -43,6 +44,34 @@ class Labelled:
         return tuple(part.tobytes() for s in (self.train, self.held_out) for part in (s.rows, s.blocks))
 
 
+def room_in_both(labelled: Labelled, known: Covariates) -> int:
+    """Knots of a numeric covariate's spline that both splits have room for."""
+    return min(
+        room_for_knots(known.at(part.rows, name), part.n_blocks)
+        for name, part in (("train", labelled.train), ("held_out", labelled.held_out))
+    )
+
+
+def controls(known: Covariates, train: Selection, n_knots: int) -> tuple[str, ...]:
+    """How each covariate is taken away, such as "length (splines, 5 knots)"."""
+    values = known.at(train.rows, "train")
+    bends = f"splines, {n_knots} knot{'s' * (n_knots > 1)}" if n_knots else "a straight line: too few examples to bend"
+    found = dict.fromkeys(known.wholes, "")
+    for whole, numeric in zip(known.wholes, is_numeric(values), strict=True):
+        if numeric:
+            found[whole] = f" ({bends})"
+    if idle := _idle(known, values, train.blocks):
+        found |= dict.fromkeys(idle, " (constant in every block, so nothing is taken away)")
+    return tuple(f"{whole}{how}" for whole, how in found.items())
+
+
+def _idle(known: Covariates, values: np.ndarray, blocks: np.ndarray) -> set[str]:
+    """Covariates that vary in no block."""
+    first = np.unique(blocks, return_index=True)[1][blocks]
+    varies = (values != values[first]).any(0)
+    return set(known.wholes) - {whole for whole, here in zip(known.wholes, varies, strict=True) if here}
+
+
 @dataclass(frozen=True)
 class SplitExamples:
     """Latents over the examples of one split, for personas that are labelled on the same ones.
@@ -65,12 +94,15 @@ class SplitExamples:
     @classmethod
     def of(
         cls, split: Split, columns: SortedColumns, labelled: Sequence[Labelled], known: Covariates | None,
-        by_activation: bool,
+        n_knots: int, by_activation: bool,
     ) -> "SplitExamples":  # fmt: skip
-        """Cut the columns of all examples down to a split. DataError as in ``Covariates.at`` and ``Residuals``."""
+        """Cut the columns of all examples down to a split. DataError as in ``Covariates.at`` and ``Residuals``.
+
+        n_knots   of each numeric covariate's spline
+        """
         selections = [one.split(split) for one in labelled]
         rows, blocks = selections[0].rows, selections[0].blocks
-        values = np.zeros((len(rows), 0)) if known is None else known.at(rows, split)
+        values = np.zeros((len(rows), 0)) if known is None else splines(known.at(rows, split), n_knots)
         residuals = Residuals(values, blocks, columns.row.device)
         y = np.stack([selection.y for selection in selections], axis=1)
         personas = tuple(one.persona for one in labelled)
@@ -90,6 +122,11 @@ class SplitExamples:
             return rank_statistics(columns, self.labels(of), self.blocks)
         personas = self.personas if of is None else self.personas[of : of + 1]
         return partial_statistics(columns, self._value(columns), self.labels(of), personas, self.residuals)
+
+    def alone(self, columns: SortedColumns) -> list[Statistic]:
+        """``statistics`` of all personas by the same formula, as if no covariate were given."""
+        nothing = Residuals(np.zeros((len(self.y), 0)), self.blocks, columns.row.device)
+        return partial_statistics(columns, self._value(columns), self.labels(), self.personas, nothing)
 
     def partial(self, columns: SortedColumns, of: int) -> Interval:
         """Partial correlations of some of the latents with one persona."""

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,6 @@ def rank_all_stage(
     personas = found.pooled.personas if personas is None else personas
     if config.given and covariates is None:
         covariates = made_covariates(found.pooled, config.given, personas=personas, words=words)
-        config = replace(config, given=covariates.names)
     rankings = rank_all(found.pooled, found.stats, personas, config, covariates=covariates, device=device)
     # each gets its share of the one pass
     shared = {"seconds": round((time.perf_counter() - start) / len(rankings), 3), "together": len(rankings)}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_persona.activations.dialogues import Dialogue, tokenize
-from sae_persona.activations.rows import read_weights
+from sae_persona.activations.rows import read_labels, read_weights
 from sae_persona.errors import DataError, ModelError
 
 SPANS = [{"start": 9, "stop": 14, "labels": {"rude": 1}}, {"start": 0, "stop": 4, "labels": {"rude": 0}, "hard": True}]
@@ -151,3 +151,10 @@ def test_rubbish_is_a_dialogue_or_one_line_that_says_where(row):
         assert isinstance(Dialogue.from_row(row, "here:7"), Dialogue)
     except DataError as error:
         assert str(error).startswith("here:7: ") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("odd", [-1, 1.01, 5])
+def test_a_label_beyond_0_and_1_is_refused_with_its_persona_and_row(odd):
+    with pytest.raises(DataError, match=rf"row 3: the label of 'pirate' is {odd:g}, a label lies between 0 .* and 1"):
+        read_labels({"kind": 0.5, "pirate": odd}, "row 3")
+    assert read_labels({"kind": 0.5, "pirate": 1, "rude": 0}, "row 3") == {"kind": 0.5, "pirate": 1, "rude": 0}

@@ -61,3 +61,32 @@ def test_what_cannot_be_split():
         SplitConfig(held_out=1)
     with pytest.raises(ConfigError, match="by is one of template, domain, author, id"):
         SplitConfig(by="mood")  # pyright: ignore
+
+
+def test_answers_to_one_prompt_stay_together_even_where_they_are_not_alike():
+    random = np.random.default_rng(1)
+    rows = [
+        Dialogue(
+            messages=(
+                {
+                    "role": "user",
+                    "content": f"Is {' '.join(f'w{j}' for j in random.integers(0, 1000, 3))} {i // 2} so?",
+                },
+                {"role": "assistant", "content": "Yes it is , and I say so" if i % 2 else "No"},
+            ),
+            labels={"agreeable": float(i % 2)},
+            id=str(i),
+        )
+        for i in range(400)
+    ]
+    made = split_dialogues(rows, SplitConfig(by="id", leaks="drop", threshold=0.99))
+    assert [d.id for d in made] == [d.id for d in rows]
+    assert [d.split for d in made[::2]] == [d.split for d in made[1::2]]
+    assert 150 < sum(d.split == "train" for d in made) < 250
+
+
+def test_an_id_that_stands_twice_is_refused():
+    rows = texts(40)
+    rows[7] = Dialogue(text="other words", labels={"pirate": 1.0}, id="3", template="t1")
+    with pytest.raises(DataError, match="id '3' stands twice, at texts 3 and 7: give each its own, or none"):
+        split_dialogues(rows, SplitConfig(by="id"))

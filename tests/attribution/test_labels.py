@@ -109,3 +109,12 @@ def test_few_examples_are_taken_by_force_and_with_a_warning():
     assert chosen.warning.startswith("'honest' has 4 examples with it and 4 without in the train split: with fewer")
     with pytest.raises(DataError, match="has 2 examples with it and 1 without in the train split, at least 2"):
         select(pooled(MIXED[:4]), "honest", "train", force=True)
+
+
+@pytest.mark.parametrize("odd", [-1, 1.5, 3])
+def test_a_label_beyond_0_and_1_is_refused_with_its_persona(odd):
+    labels = np.array(MIXED, np.float32)
+    labels[7, 0] = odd
+    with pytest.raises(DataError, match=f"a label of 'honest' is {odd:g}: labels lie between 0"):
+        select(pooled(labels), "honest", "train")
+    assert select(pooled(labels), "pirate", "train").counts == (24, 36)

@@ -1,13 +1,16 @@
 """Centred midranks against scipy.stats.rankdata."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import sparse
 from scipy.stats import rankdata
 
 from sae_persona.attribution.midranks import SortedColumns
+from sae_persona.errors import DataError
 
 columns = hnp.arrays(np.int64, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=st.integers(-2, 3))
 
@@ -60,3 +63,12 @@ def test_columns_without_entries_have_only_zeros():
     ranked = SortedColumns.of(np.zeros((5, 3)))
     assert ranked.zeros.tolist() == [5, 5, 5] and ranked.zero_midrank.tolist() == [3, 3, 3]
     assert len(ranked.doubled) == 0 and ranked.products(ranked.doubled, torch.ones(5, 2)).tolist() == [[0, 0]] * 3
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_has_no_rank_is_refused(odd):
+    values = np.eye(4)
+    values[2, 1] = odd
+    for matrix in (values, sparse.csr_matrix(values)):
+        with pytest.raises(DataError, match=f"latent 1 is {odd} at example 2, a finite number is wanted"):
+            SortedColumns.of(matrix)

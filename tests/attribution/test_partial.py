@@ -8,6 +8,7 @@ from scipy import sparse, stats
 from sae_persona.attribution.midranks import SortedColumns
 from sae_persona.attribution.null import permutation_null, permuted
 from sae_persona.attribution.partial import Covariates, Residuals, partial_correlation, partial_statistics
+from sae_persona.attribution.splines import splines
 from sae_persona.errors import ConfigError, DataError
 
 
@@ -58,12 +59,14 @@ def test_without_covariates_in_one_block_it_is_pearsons_with_scipys_interval():
         assert (got.low[i], got.high[i]) == pytest.approx(tuple(wanted.confidence_interval()), abs=1e-9)
 
 
-def test_p_counts_freedman_and_lanes_permutations():
+def test_p_counts_freedman_and_lanes_permutations_in_units_of_the_labels_spread():
     values, covariates, y, blocks = example(2)
     ranks = stats.rankdata(values, axis=0)
     left_f, e = (regressed(x.astype(float), covariates, blocks) for x in (ranks, y))
     source = np.concatenate([part.numpy() for part in permuted(blocks, 99, seed=5)])
-    under = np.stack([regressed(e[one], covariates, blocks) for one in source], axis=1)
+    probability = np.clip(y - e, 0.02, 0.98)
+    spread = np.sqrt(probability * (1 - probability))
+    under = np.stack([regressed(spread * (e / spread)[one], covariates, blocks) for one in source], axis=1)
 
     def r(labels):
         return left_f.T @ labels / np.linalg.norm(left_f, axis=0)[:, None] / np.linalg.norm(labels, axis=0)
@@ -73,6 +76,17 @@ def test_p_counts_freedman_and_lanes_permutations():
     np.testing.assert_allclose(got.z, r(e[:, None])[:, 0] * np.sqrt(80 - 4 - 2), atol=1e-9)
     np.testing.assert_allclose(got.p, (1 + (null >= seen).sum(1)) / 100)
     np.testing.assert_allclose(got.p_max_t, (1 + (null.max(0) >= seen).sum(1)) / 100)
+
+
+def test_without_covariates_labels_themselves_are_permuted():
+    """So that the test is exact: every block's residuals are its labels minus their mean."""
+    values, covariates, y, blocks = example(6)
+    columns = SortedColumns.of(sparse.csr_matrix(values.astype(float)))
+    labels = torch.from_numpy(y)[:, None]
+    (found,) = partial_statistics(columns, columns.doubled, labels, ("x",), Residuals(covariates[:, :0], blocks))
+    (source,) = permuted(blocks, 20, seed=0)
+    wanted = regressed(y[source.numpy()].T.astype(float), covariates[:, :0], blocks)
+    np.testing.assert_allclose(found.labels(source), wanted / np.linalg.norm(wanted, axis=0), atol=1e-6)
 
 
 def confounded(seed, m=300):
@@ -100,6 +114,39 @@ def test_a_planted_confound_ranks_high_and_vanishes_given_it(by):
     assert gone >= 4
 
 
+def bent(seed, m=200, n_latents=60):
+    """Latents that bend with a covariate that all but says the label, and have nothing else to do with it."""
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(m, 1))
+    y = generator.random(m) < 1 / (1 + np.exp(-4 * (abs(x[:, 0]) - 0.7)))
+    slopes, kinks = generator.choice([-3, 3], n_latents), generator.uniform(-1.5, 1.5, n_latents)
+    return np.maximum(0, slopes * (x - kinks) + generator.normal(size=(m, n_latents))), y, x
+
+
+def test_bends_of_a_strong_confound_raise_few_false_alarms_given_splines_and_many_given_a_line():
+    alarms = {0: 0, 8: 0}
+    for seed in range(40):
+        values, y, x = bent(seed)
+        for n_knots in alarms:
+            null = null_of(values, y, np.zeros(len(y), int), splines(x, n_knots), n=99, seed=seed)
+            alarms[n_knots] += null.p_max_t.min() <= 0.05
+    assert alarms[0] == 40 and alarms[8] <= 6
+
+
+def test_residuals_are_permuted_in_units_of_the_spread_so_that_sure_labels_stay_quiet():
+    """Where the covariate says the label, permuted labels vary as little as the labels themselves do."""
+    _, y, x = bent(0, m=400)
+    columns, labels = SortedColumns.of(x), torch.from_numpy(y)[:, None]
+    residuals = Residuals(splines(x, 8), np.zeros(len(y), int))
+    (found,) = partial_statistics(columns, columns.value, labels, ("x",), residuals)
+    (source,) = permuted(np.zeros(len(y), int), 500, seed=0)
+    sure = torch.from_numpy(abs(x[:, 0]) > 1.7)
+    plain = residuals.of(residuals.of(labels)[:, 0][source].T)
+    in_units, as_they_are = (part.double().square().mean(1) for part in (found.labels(source), plain))
+    assert float(in_units[sure].mean() / in_units[~sure].mean()) < 0.35
+    assert float(as_they_are[sure].mean() / as_they_are[~sure].mean()) > 0.85
+
+
 def test_constant_and_collinear_covariates_take_nothing_further_away():
     values, covariates, y, blocks = example(3)
     more = np.column_stack([covariates, covariates[:, 0] * 3 - covariates[:, 1], np.full(80, 7.1), blocks * 1.3])
@@ -124,6 +171,14 @@ def test_covariates_are_chosen_by_name_or_by_the_whole_they_are_of():
     assert all_of_it.named(("topic=sea", "length")).values.tolist() == [[0, 2], [3, 5]]
     with pytest.raises(ConfigError, match="no covariate is named colour: there are length, topic, topic=food"):
         all_of_it.named(("colour",))
+
+
+def test_of_covariates_with_a_column_for_each_persona_its_own_is_given():
+    words = Covariates(("length", "words=kind", "words=rude"), np.arange(6.0).reshape(2, 3), a_persona=("words",))
+    assert words.named(("words", "length"), "rude").names == ("length", "words=rude")
+    assert words.named(("words=kind",), "rude").names == ("words=kind",)
+    with pytest.raises(ConfigError, match="no covariate is named words of calm: there are length, words, words=kind"):
+        words.named(("words",), "calm")
 
 
 def test_says_in_one_line_what_cannot_be():
