@@ -12,6 +12,7 @@
     RUN/explanations.jsonl         every prompt put to an explainer and its answer
     RUN/search.sqlite              latents by word, and RUN/directions.safetensors: made again when these change
     RUN/rankings/PERSONA.json      a Ranking
+    RUN/rankings/given/COVARIATES/PERSONA.json   one given covariates
     RUN/screens/PERSONA.json       a Screen
     RUN/sweeps/NAME.json           a Sweep
     RUN/interventions/NAME.json    an Intervention, with NAME.safetensors beside it
@@ -25,7 +26,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -279,8 +280,12 @@ class Run:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def ranking(self, persona: str) -> Path:
-        return self.path / "rankings" / f"{quote(persona, safe=' ')}.json"
+    def ranking(self, persona: str, given: Sequence[str] = ()) -> Path:
+        """The plain ranking, which other stages go on from, or the one given covariates, which lies beside it."""
+        folder = self.path / "rankings"
+        if given:
+            folder /= Path("given", quote(",".join(given), safe=" ,="))
+        return folder / f"{quote(persona, safe=' ')}.json"
 
     def screen(self, persona: str) -> Path:
         return self.path / "screens" / f"{quote(persona, safe=' ')}.json"

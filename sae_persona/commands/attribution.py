@@ -42,7 +42,7 @@ def rank(
     persona: Annotated[
         list[str] | None, typer.Argument(metavar="PERSONA...", help="Personas that the measured labels name.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every persona that is labelled.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every persona with examples enough.")] = False,
     words: Annotated[
         Path | None, typer.Option(help='JSON {"PERSONA": ["word", ...]}, for --given trait_words.')
     ] = None,
@@ -56,16 +56,19 @@ def rank(
     """Rank the latents by how well they tell a persona; test the order and repeat it on held-out answers.
 
     Several personas are ranked in one pass. --given takes length, position, turn, template, topic, author, sentiment,
-    trait_words, class_words and what rows bring as covariates. Exit status 1 if no latent tells any of them better than
+    trait_words, class_words and what rows bring as covariates; such a ranking lies beside the plain one, which search,
+    screen, stability and report go on from. Exit status 1 if no latent tells any of them better than
     chance or, with --screen, if none of those has an effect.
     """
     if every == bool(persona):
         raise ConfigError("name the personas to rank, or pass --all, and not both")
+    if and_screen and config.given:
+        raise ConfigError("--screen sets the latents of the plain ranking: rank without --given to screen")
     if words is not None and "trait_words" not in config.given:
         raise ConfigError("--words lists what --given trait_words counts: give both, or neither")
     opened = Run.open(run)
     rankings = pipeline.rank_all_stage(
-        opened, None if every else persona, config=config, words=_words(words), device=checked_device(device)
+        opened, None if every else persona, config=config, words=_words(words), device=checked_device(device), say=say
     )
     found = list(rankings.values())
     texts, values = [str(ranking) for ranking in found], [ranking.to_json() for ranking in found]

@@ -46,8 +46,8 @@ def search(
         str | None,
         typer.Argument(
             metavar="WORDS",
-            help='Words of explanation, logits, tokens or contexts: all must occur; "a phrase", begin*, AND, OR, NOT, '
-            "NEAR(a b), tokens: word.",
+            help="Words of explanation, logits, tokens or contexts: all must occur as they are written; surpris* finds "
+            'surprise, surprised and surprising; "a phrase", AND, OR, NOT, NEAR(a b), tokens: word.',
         ),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Take the words as they stand, signs and all.")] = False,

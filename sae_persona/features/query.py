@@ -48,6 +48,8 @@ class Query:
     """Latents that are shown."""
 
     def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ConfigError(f"limit is how many latents are shown: give 1 or more, got {self.limit}")
         directions = [name for name in ("like", "vector", "persona_vector") if getattr(self, name) is not None]
         if len(directions) > 1:
             raise ConfigError(f"one direction at a time, got {' and '.join(directions)}")
@@ -55,8 +57,6 @@ class Query:
         criteria = (self.words, self.text, self.persona, self.dead, *directions)
         if all(value is None for value in (*criteria, *(end for ends in ranges for end in ends))):
             raise ConfigError("nothing to search for: give a word, a text, a latent, a vector, a persona or a range")
-        if self.limit < 1:
-            raise ConfigError(f"limit is at least 1, got {self.limit}")
         if self.cosine != (None, None) and not directions:
             raise ConfigError("a range of cosines needs a direction: give like, vector or persona_vector")
         if self.order not in get_args(Order):

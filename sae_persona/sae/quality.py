@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_persona.activations.hooks import editing, model_inputs, read
 from sae_persona.activations.lm import LM, padded
@@ -64,11 +65,13 @@ def quality(
     context_size: int = 128,
     lm_batch: int = 32,
     tokens: Which = "all",
+    progress: bool = False,
 ) -> Quality:
     """Measure ``sae``, on the device of ``lm``, on texts that it was not trained on.
 
     context_size, tokens   which sequences and tokens count, as in StreamConfig; BOS and padding never do
     lm_batch               sequences a forward pass
+    progress               draw a bar on stderr: each batch is read twice, once for FVU and once for the cross-entropies
 
     ModelError: no such hook point, an SAE of another width, or a transcoder.
     DataError: no token with a next one to predict.
@@ -79,13 +82,14 @@ def quality(
     batches = list(_batches(lm, read_texts(texts), context_size, lm_batch, tokens))
     if not any(batch.predicting.any() for batch in batches):
         raise DataError("no token of the texts has a next one to predict: give longer texts")
-    mean, measures = _reconstruction(lm, hook, sae, batches)
-    edits = {
-        "spliced": lambda x: sae.decode(sae.encode(x)),
-        "zero": torch.zeros_like,
-        "mean": lambda x: mean.expand_as(x),
-    }
-    measures |= _prediction(lm, hook, edits, batches)
+    with tqdm(total=2 * len(batches), desc="held-out", unit="batch", disable=not progress, dynamic_ncols=True) as bar:
+        mean, measures = _reconstruction(lm, hook, sae, batches, bar)
+        edits = {
+            "spliced": lambda x: sae.decode(sae.encode(x)),
+            "zero": torch.zeros_like,
+            "mean": lambda x: mean.expand_as(x),
+        }
+        measures |= _prediction(lm, hook, edits, batches, bar)
     harm = measures["ce_zero"] - measures["ce"]
     recovered = (measures["ce_zero"] - measures["ce_spliced"]) / harm if harm > 0 else None
     n_tokens = sum(int(batch.chosen.sum()) for batch in batches)
@@ -104,12 +108,15 @@ def _batches(lm: LM, texts: Texts, context_size: int, lm_batch: int, which: Whic
         yield _Batch(input_ids, mask, chosen, chosen & next_is_real)
 
 
-def _reconstruction(lm: LM, hook: HookPoint, sae: SAE, batches: list[_Batch]) -> tuple[Tensor, dict[str, float]]:
+def _reconstruction(
+    lm: LM, hook: HookPoint, sae: SAE, batches: list[_Batch], bar: tqdm
+) -> tuple[Tensor, dict[str, float]]:
     """The mean activation [d_in], and FVU, L0 and share of dead latents."""
     total = torch.zeros(sae.d_in, dtype=torch.float64, device=lm.device)
     squares, missed, l0, n = 0.0, 0.0, 0, 0
     fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=lm.device)
     for batch in batches:
+        bar.update()
         x = read(lm, [hook], batch.input_ids, batch.mask)[hook][batch.chosen].float()
         if not x.isfinite().all():
             raise DataError(f"activations at {hook} of {lm.name} are not finite: load it with dtype float32")
@@ -126,12 +133,13 @@ def _reconstruction(lm: LM, hook: HookPoint, sae: SAE, batches: list[_Batch]) ->
 
 
 def _prediction(
-    lm: LM, hook: HookPoint, edits: dict[str, Callable[[Tensor], Tensor]], batches: list[_Batch]
+    lm: LM, hook: HookPoint, edits: dict[str, Callable[[Tensor], Tensor]], batches: list[_Batch], bar: tqdm
 ) -> dict[str, float]:
     """Cross entropy of the untouched and each edited model, and KL from the first to the others."""
     sums = dict.fromkeys(["ce", *(f"{measure}_{name}" for measure in ("ce", "kl") for name in edits)], 0.0)
     n = sum(int(batch.predicting.sum()) for batch in batches)
     for batch in batches:
+        bar.update()
         targets = batch.input_ids.roll(-1, dims=1)[batch.predicting][:, None]
         plain = _log_probs(lm, batch)
         sums["ce"] -= plain.gather(1, targets).sum().item()

@@ -25,6 +25,7 @@ from sae_persona.attribution.partial import Covariates
 from sae_persona.attribution.rank import RankConfig, rank_all
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.attribution.screens import Screen
+from sae_persona.attribution.splits import Labelled
 from sae_persona.errors import ConfigError, DataError, ModelError, RunError
 from sae_persona.features.corpus import scan
 from sae_persona.features.descriptions import Descriptions
@@ -132,15 +133,20 @@ def rank_all_stage(
     covariates: Covariates | None = None,
     words: WordConfig | None = None,
     device: str | torch.device = "cpu",
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Ranking]:
-    """Rank all latents for each persona, None for every one that is labelled. Nothing is written if one cannot be.
+    """Rank all latents for each persona, None for every one that is labelled and has examples enough.
 
+    A ranking given covariates lies beside the plain one, which stays. Nothing is written if a persona that is named
+    cannot be ranked; of every one, DataError if none can.
+
+    say          hears why a persona that was not named is left out
     covariates   what ``config.given`` picks from; None: made of the measured examples, with the personas' ``words``
     """
     run.stage("measure")
     start = time.perf_counter()
     found = found or Measurement.load(run)
-    personas = found.pooled.personas if personas is None else personas
+    personas = _rankable(found.pooled, config, say) if personas is None else personas
     if config.given and covariates is None:
         covariates = made_covariates(found.pooled, config.given, personas=personas, words=words)
     rankings = rank_all(found.pooled, found.stats, personas, config, covariates=covariates, device=device)
@@ -148,12 +154,29 @@ def rank_all_stage(
     shared = {"seconds": round((time.perf_counter() - start) / len(rankings), 3), "together": len(rankings)}
     for persona, ranking in rankings.items():
         with run.recording("rank", persona=persona, config=asdict(config), **shared):
-            ranking.save(run.ranking(persona))
+            ranking.save(run.ranking(persona, config.given))
     return rankings
 
 
+def _rankable(pooled: Pooled, config: RankConfig, say: Callable[[str], object]) -> list[str]:
+    """The personas with examples enough in both splits. DataError, that of the first, if there are none."""
+    kept: list[str] = []
+    refused: list[DataError] = []
+    for persona in pooled.personas:
+        try:
+            Labelled.of(pooled, persona, config.within, min_confidence=config.min_confidence, force=config.force)
+            kept.append(persona)
+        except DataError as error:
+            refused.append(error)
+    if refused and not kept:
+        raise refused[0]
+    for error in refused:
+        say(f"left out: {error}")
+    return kept
+
+
 def open_ranking(run: Run, persona: str) -> Ranking:
-    """A ranking made before. RunError if there is none."""
+    """A ranking made before, without covariates. RunError if there is none."""
     if not run.ranking(persona).is_file():
         raise RunError(f"{run.path} has no ranking for {persona}: run `sae-persona rank {run.path} {persona}` first")
     return Ranking.load(run.ranking(persona))

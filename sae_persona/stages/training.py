@@ -118,7 +118,7 @@ def train_stage(
     if shard.rank:
         return None
     if held_out is not None:
-        quality_stage(run, lm, held_out, streaming=streaming)
+        quality_stage(run, lm, held_out, streaming=streaming, progress=progress)
     return open_sae(run, lm)
 
 
@@ -263,7 +263,7 @@ def grid_stage(
         )  # fmt: skip
     for member in members.values():
         if not member.run.has("quality"):
-            quality_stage(member.run, lm, held_out, streaming=streaming)
+            quality_stage(member.run, lm, held_out, streaming=streaming, progress=progress)
     return [member.run for member in members.values()]
 
 
@@ -295,7 +295,7 @@ def _keep(sae: SAE | None, run: Run, metadata: dict[str, str]) -> str:
     return f". The SAE of the last good step is in {path}"
 
 
-def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig) -> Quality:
+def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig, progress: bool = False) -> Quality:
     """Measure how well the SAE stands in for the activations on texts that it was not trained on."""
     with run.recording("quality", texts=input_facts(held_out)):
         sae = open_sae(run, lm)
@@ -307,6 +307,7 @@ def quality_stage(run: Run, lm: LM, held_out: Source, *, streaming: StreamConfig
             context_size=streaming.context_size,
             lm_batch=streaming.lm_batch,
             tokens=streaming.tokens,
+            progress=progress,
         )
         write_json(run.quality, asdict(found))
     return found

@@ -225,6 +225,18 @@ def test_a_confound_ranks_high_and_is_gone_given_what_it_tracks(confounded, stat
     assert Ranking.from_json(ranking.to_json()) == ranking
 
 
+def test_the_title_names_what_was_given_and_says_what_takes_nothing_away(confounded, stats):
+    pooled, known = confounded
+    hot = {name: (pooled.template == name).astype(float) for name in np.unique(pooled.template)}
+    values = np.column_stack([known.values, *hot.values()])
+    known = Covariates((*known.names, *(f"topic={name}" for name in hot)), values)
+    config = replace(CONFIG, given=("topic", "mood"))
+    title = str(rank(pooled, stats, "pirate", config, covariates=known)).splitlines()[0]
+    assert "; given mood (splines, 8 knots), topic (constant in every block, so nothing is taken away);" in title
+    loose = str(rank(pooled, stats, "pirate", replace(config, within=()), covariates=known)).splitlines()[0]
+    assert "; given mood (splines, 8 knots), topic;" in loose and "topic=" not in title + loose
+
+
 def test_covariates_that_are_not_there(confounded, stats):
     pooled, known = confounded
     with pytest.raises(ConfigError, match="given length, but no covariates came"):

@@ -99,9 +99,9 @@ def test_stability(call, run, demo_run):
 
 
 def test_rankings_made_otherwise_are_not_compared(call, run, demo_run):
-    assert call("rank", run.path, "formal", "--permutations", "99", "--given", "length")[0] == 0
+    assert call("rank", run.path, "formal", "--permutations", "99", "--by", "activation")[0] == 0
     code, _, err = call("stability", "formal", demo_run.path, run.path, "--draws", "20")
-    assert code == 2 and f"given is [] in {demo_run.path} and ['length'] in {run.path}: rank again" in err
+    assert code == 2 and f"by is 'rank' in {demo_run.path} and 'activation' in {run.path}: rank again" in err
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_rankings_made_otherwise_are_not_compared(call, run, demo_run):
         (["stability", "formal", "{run}"], "two SAEs or more"),
         (["stability", "villain", "{run}", "{demo}"], "has no ranking for villain"),
         (["stability", "formal", "{run}", "{demo}", "{run}"], "name each run once"),
+        (["rank", "{run}", "formal", "--given", "length", "--screen"], "rank without --given to screen"),
         (["rank", "{run}", "formal", "--words", "{pairs}"], "--words lists what --given trait_words counts"),
     ],
 )

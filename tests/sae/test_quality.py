@@ -121,3 +121,11 @@ def test_a_transcoder_is_refused(lm):
     sae.transcodes = True
     with pytest.raises(ModelError, match="is a transcoder"):
         quality(lm, HOOK, sae, TEXTS)
+
+
+def test_progress_is_drawn_on_stderr_where_it_is_asked_for(lm, capsys):
+    quality(lm, HOOK, mirror(), TEXTS, lm_batch=2)
+    assert capsys.readouterr().err == ""
+    quality(lm, HOOK, mirror(), TEXTS, lm_batch=2, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "held-out" in err and "4/4" in err

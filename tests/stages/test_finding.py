@@ -177,8 +177,8 @@ def test_what_cannot_be_asked(search, run, demo_run, tmp_path):
         Query(cosine=(0.1, None))
     with pytest.raises(ConfigError, match="no text to order by"):
         Query(words="a", order="text")
-    with pytest.raises(ConfigError, match="limit is at least 1"):
-        Query(words="a", limit=0)
+    with pytest.raises(ConfigError, match="limit is how many latents are shown: give 1 or more, got 0"):
+        Query(limit=0)
     with pytest.raises(DataError, match="latent 256 does not exist: .* has latents 0 to 255"):
         latents(search, like=256)
     with pytest.raises(ModelError, match=r"have width 128, the vector is \[3\]"):
