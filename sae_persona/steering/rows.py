@@ -20,6 +20,7 @@ from torch import Tensor
 from sae_persona.errors import ConfigError
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
+from sae_persona.steering.directions import check_wide
 from sae_persona.steering.interventions import LatentEdit, Pin, Placed
 
 CORRELATED = 0.5
@@ -147,8 +148,7 @@ def _of_edit(one: Placed, sae: SAE | None, d_in: int) -> tuple[Tensor, Tensor, T
     """Rows of one edit: enc, dec [m, d_in], bias, threshold, latent [m]; on the CPU."""
     if not isinstance(one.edit, LatentEdit):
         basis = one.edit.basis.cpu()
-        if basis.shape[1] != d_in:
-            raise ConfigError(f"a direction has as many numbers as the stream, {d_in}, got {basis.shape[1]}")
+        check_wide(basis, d_in)
         m = len(basis)
         return basis, basis, torch.zeros(m), torch.full((m,), -math.inf), torch.full((m,), -1)
     assert sae is not None

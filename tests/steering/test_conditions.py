@@ -203,6 +203,10 @@ def test_a_generation_stops_where_its_condition_holds(lm, sae, prompts):
         (lambda: When(above=1.0, latent=1, direction=torch.ones(3)), "reads either a latent or a direction"),
         (lambda: When(above=math.nan, latent=1), "a condition needs a finite level, got nan"),
         (lambda: When(above=-1.0, latent=1), "a latent is never below 0"),
+        (lambda: When(above=1.0, direction=torch.zeros(3)), "a direction is a finite vector .* that is not 0"),
+        (lambda: When(above=1.0, direction=torch.tensor([1.0, math.nan])), "a direction is a finite vector"),
+        (lambda: When(above=1.0, direction=torch.ones(2, 3)), "a direction is a finite vector"),
+        (lambda: When(above=1.0, direction=[1.0, 2.0]), "a direction is a tensor .*, got list"),
         (lambda: When(above=1.0, latent=1, scope="day"), "holds at a token or in a turn, got 'day'"),
     ],
 )
@@ -223,6 +227,11 @@ def test_conditions_that_cannot_be_read(lm, sae):
             [Placed(edit=STRONG, when=When(latent=99, above=1.0))],
             {},
             "the condition reads latent 99 at .*, where no SAE",
+        ),
+        (
+            [Placed(edit=STRONG, when=When(direction=torch.ones(3), above=1.0))],
+            {},
+            "a direction has as many numbers as the stream, 128, got 3",
         ),
         ([], {"abort_when": When(latent=7, above=1.0)}, "a condition to stop at needs a hook point"),
     ]
