@@ -281,13 +281,38 @@ class Placed:
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ConfigError(f"a priority is a whole number, got {self.priority}")
 
 
 def placed(edits: Sequence[Edit | Placed], *, hook: HookPoint | None, positions: Positions | Spans) -> list[Placed]:
-    """Edits with their places; those that have none get these."""
+    """Edits with their places; those that have none get these.
+
+    Projections out of one place become one, of all their directions: each alone would take what they share twice.
+    """
     check_positions(positions)
     found = [one if isinstance(one, Placed) else Placed(edit=one, positions=positions) for one in edits]
-    return [replace(one, hook=hook) if one.hook is None else one for one in found]
+    return _joined([replace(one, hook=hook) if one.hook is None else one for one in found])
+
+
+def _joined(edits: Sequence[Placed]) -> list[Placed]:
+    found: list[Placed] = []
+    for one in edits:
+        edit = one.edit
+        for i, other in enumerate(found):
+            if (
+                isinstance(edit, ProjectOut)
+                and isinstance(other.edit, ProjectOut)
+                and (one.hook, one.positions) == (other.hook, other.positions)
+                and one.when is other.when
+                and edit.directions.shape[-1] == other.edit.directions.shape[-1]
+            ):
+                rows = [torch.atleast_2d(part.directions) for part in (other.edit, edit)]
+                found[i] = replace(other, edit=ProjectOut(torch.cat([part.to(rows[0]) for part in rows])))
+                break
+        else:
+            found.append(one)
+    return found
 
 
 def parse_edit(text: str, units: Sequence[float]) -> LatentEdit:

@@ -22,6 +22,7 @@ from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
 from sae_persona.steering.directions import check_wide
 from sae_persona.steering.interventions import LatentEdit, Pin, Placed
+from sae_persona.steering.positions import Spans
 
 CORRELATED = 0.5
 """Edits of directions with a cosine of this or more are warned of: each undoes or doubles a part of the other."""
@@ -202,6 +203,8 @@ APART = {("pre", "generated"), ("prompt", "generated")}
 
 def _apart(a: Placed, b: Placed) -> bool:
     """Whether two edits never meet at a token."""
+    if isinstance(a.positions, Spans) and isinstance(b.positions, Spans):
+        return all(p[1] <= q[0] or q[1] <= p[0] for p in a.positions.spans for q in b.positions.spans)
     return (a.positions, b.positions) in APART or (b.positions, a.positions) in APART
 
 
