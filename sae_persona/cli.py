@@ -53,6 +53,7 @@ from sae_persona.sae.formats import is_sae
 from sae_persona.stages import pipeline
 from sae_persona.stages.training import open_model
 from sae_persona.steering.answers import AnswerConfig
+from sae_persona.steering.positions import parse_positions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -212,10 +213,14 @@ def try_(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Answers to one prompt before and after an edit, side by side."""
+    """Answers to one prompt before and after an edit, side by side.
+
+    Edits of directions, conditions, priorities and generations that stop are for the Python API: `intervene`.
+    """
+    at = parse_positions(positions)
     opened = Run.open(run)
     lm = open_model(opened, device=device)
-    pairs = pipeline.try_edits(opened, lm, prompt, pipeline.edits_of(opened, edit), positions, n=n, config=answers)
+    pairs = pipeline.try_edits(opened, lm, prompt, pipeline.edits_of(opened, edit), at, n=n, config=answers)
     show_answers(pairs, as_json)
 
 

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sae_persona.steering.positions import Positions
-
 Texts = (
     "a .txt (a text a line), .jsonl, .parquet or .csv file, a folder of such, a data set on disk, "
     "hub:ORG/NAME[:SPLIT], evals:PATH[:answers] or axis:PATH"
@@ -17,12 +15,8 @@ Texts = (
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Persona = Annotated[str, typer.Argument(metavar="PERSONA", help="A persona that the measured labels name.")]
-Where = Annotated[
-    Positions,
-    typer.Option(
-        help="Tokens that are edited: answer (from the token before it), pre, generated, prompt, all or every."
-    ),
-]
+At = "answer (from the token before it), pre, generated, prompt, all, every (BOS too), or spans START:STOP,..."
+Where = Annotated[str, typer.Option(help=f"Tokens that are edited: {At}.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is at --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]

@@ -7,7 +7,7 @@ import typer
 
 from sae_persona.activations.lm import load_lm
 from sae_persona.commands.flags import with_flags
-from sae_persona.commands.options import AsJson, Device, Edits, RunPath, show_answers
+from sae_persona.commands.options import AsJson, At, Device, Edits, RunPath, Where, show_answers
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.runs import Run
 from sae_persona.sae.formats import is_sae, load_sae
@@ -19,8 +19,6 @@ from sae_persona.steering.export.approximate import check_prompts
 from sae_persona.steering.export.formats import FORMATS, format_of
 from sae_persona.steering.export.importing import import_intervention
 from sae_persona.steering.positions import parse_positions
-
-At = "answer (from the token before it), pre, generated, prompt, all, every (BOS too), or spans START:STOP,..."
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,7 +34,7 @@ def export(
     ],
     edit: Edits,
     format: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(FORMATS)}.")] = "native",
-    positions: Annotated[str, typer.Option(help=f"Tokens that are edited: {At}.")] = "answer",
+    positions: Where = "answer",
     approximate: Annotated[
         bool,
         typer.Option(

@@ -16,6 +16,7 @@ from sae_persona.steering.compose import ComposeConfig
 from sae_persona.steering.dial import DialConfig
 from sae_persona.steering.divergence import DivergenceConfig
 from sae_persona.steering.judges import load_judge
+from sae_persona.steering.positions import parse_positions
 from sae_persona.steering.solver import Targets
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import SweepConfig
@@ -117,6 +118,7 @@ def strength(
     as_json: AsJson = False,
 ) -> None:
     """Solve for the strength at which an edit moves the model by a KL budget, so that edits can be compared."""
+    at = parse_positions(positions)
     opened = Run.open(run)
     lm = open_model(opened, device=device)
     dials = dosing.strength_stage(
@@ -124,7 +126,7 @@ def strength(
         lm,
         edit,
         pipeline.questions_of(questions),
-        positions=positions,
+        positions=at,
         config=replace(config, reading=reading),
     )
     text = "\n\n".join(f"{name}: {dial}" for name, dial in dials.items())
@@ -157,6 +159,7 @@ def compose(
 
     Exit status 1 where the targets are not met on TEST; how far each trait goes is told with it.
     """
+    at = parse_positions(positions)
     opened = Run.open(run)
     floors, ceilings = dosing.parse_rates(at_least or ()), dosing.parse_rates(at_most or ())
     targets = Targets(at_least=floors, at_most=ceilings) if floors or ceilings else None
@@ -174,7 +177,7 @@ def compose(
         open_model(opened, device=device),
         trait,
         asked,
-        positions=positions,
+        positions=at,
         targets=targets,
         config=config,
         on_round=lambda strengths, rates: say(f"{_listed(strengths)}: {_listed(rates)}"),

@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -48,6 +49,13 @@ from sae_persona.steering.positions import Positions, Spans
 from sae_persona.steering.side_effects import HeldOut
 from sae_persona.steering.strength import Judge
 from sae_persona.steering.sweep import Candidate, Messages, SweepConfig, sweep
+
+FAR = 10
+"""Times a latent's largest activation from which an edit is warned of."""
+
+
+class FarBeyond(UserWarning):
+    """An edit sets a latent to what it never came near."""
 
 
 def measure_stage(run: Run, lm: LM, dialogues: Source, *, config: MeasureConfig) -> Measurement:
@@ -353,8 +361,22 @@ def edits_of(run: Run, texts: Sequence[str]) -> list[LatentEdit]:
 
     ConfigError for a text that is no edit or a latent that does not exist, RunError for a persona without a ranking.
     """
-    units = Measurement.load(run).stats.p999.tolist()
-    return [parse_edit(_numbered(run, text), units) for text in texts]
+    stats = Measurement.load(run).stats
+    units = stats.p999.tolist()
+    edits = [parse_edit(_numbered(run, text), units) for text in texts]
+    for edit in edits:
+        value, most = (
+            getattr(edit, "value", 0.0),
+            float(stats.maximum[edit.latent]) if 0 <= edit.latent < len(units) else 0.0,
+        )
+        if value > FAR * most > 0:
+            warnings.warn(
+                f"{edit.name} of latent {edit.latent} to {value:.3g} is {value / most:.0f} times the most that it ever "
+                f"reached ({most:.3g}): lower the strength",
+                FarBeyond,
+                stacklevel=2,
+            )
+    return edits
 
 
 def _numbered(run: Run, text: str) -> str:
@@ -387,7 +409,14 @@ def questions_of(source: Source) -> list[Messages]:
 
 
 def try_edits(
-    run: Run, lm: LM, prompt: str, edits: Sequence[LatentEdit], positions: Positions, *, n: int, config: AnswerConfig
+    run: Run,
+    lm: LM,
+    prompt: str,
+    edits: Sequence[LatentEdit],
+    positions: Positions | Spans,
+    *,
+    n: int,
+    config: AnswerConfig,
 ) -> list[tuple[str, str]]:
     """``n`` answers to a prompt before and after the edits, sampled with the same seed."""
     sae = open_sae(run, lm)
@@ -398,7 +427,14 @@ def try_edits(
 def before_and_after(
     lm: LM, prompt: str, edited: AbstractContextManager[Any], n: int, config: AnswerConfig
 ) -> list[tuple[str, str]]:
-    """``n`` answers to a prompt outside and inside a block, sampled with the same seed."""
+    """``n`` answers to a prompt outside and inside a block, sampled with the same seed.
+
+    ConfigError for no answers or a prompt that says nothing.
+    """
+    if n < 1:
+        raise ConfigError(f"--n counts answers from 1, got {n}")
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: give what the user says")
     prompts = [prompt_tokens(lm, [{"role": "user", "content": prompt}])] * n
     with edited:  # first, so that what cannot be applied is refused before the model runs
         after = answer(lm, prompts, config)

@@ -13,6 +13,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError
 from sae_persona.sae.model import SAE
 from sae_persona.steering.conditions import Watch, When
+from sae_persona.steering.directions import check_wide
 from sae_persona.steering.interventions import Edit, LatentEdit, Placed, placed
 from sae_persona.steering.positions import Positions, Spans, Where
 from sae_persona.steering.rows import Rows, wins
@@ -59,6 +60,8 @@ def _sites(
             sae = _sae_at(saes, hook)
             if when.latent is not None and (sae is None or not 0 <= when.latent < sae.n_latents):
                 raise ConfigError(f"the condition reads latent {when.latent} at {hook}, where no SAE has it")
+            if when.direction is not None:
+                check_wide(when.direction, lm.d_model)
             watches[key] = Watch(when, sae)
             reads.setdefault(hook, []).append(watches[key])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_persona.activations.hooks import Call
 from sae_persona.errors import ConfigError
 from sae_persona.sae.model import SAE
+from sae_persona.steering.directions import norm_of, unit_of
 from sae_persona.types import HookPoint
 
 Scope = Literal["token", "turn"]
@@ -25,7 +26,7 @@ class When:
     above       in activation units, or units of the residual stream
     hook        where it is read; None: where the edit acts. It reads the stream before any edit at that hook point
 
-    ConfigError unless there is exactly one of latent and direction, and the level is finite.
+    ConfigError unless there is exactly one of latent and direction, the level is finite and the direction a vector.
     """
 
     above: float
@@ -41,14 +42,15 @@ class When:
             raise ConfigError(f"a condition needs a finite level, got {self.above}")
         if self.scope not in ("token", "turn"):
             raise ConfigError(f"a condition holds at a token or in a turn, got {self.scope!r}")
+        if self.direction is not None:
+            norm_of(self.direction)
         if self.latent is not None and self.above < 0:
             raise ConfigError(f"a latent is never below 0, so it is always above {self.above:g}: give a level from 0")
 
     def level(self, x: Tensor, sae: SAE | None) -> Tensor:
         """What is compared: [..., d_in] -> [...]. ``sae`` is that of the hook point, where a latent is read."""
         if self.direction is not None:
-            unit = self.direction.to(x.device, torch.float32)
-            return x.float() @ (unit / unit.norm())
+            return x.float() @ unit_of(self.direction).to(x.device)
         assert sae is not None and self.latent is not None
         return sae.latents_at(x.float(), torch.tensor([self.latent], device=x.device))[..., 0]
 

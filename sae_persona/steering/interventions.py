@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sae_persona.errors import ConfigError
 from sae_persona.steering.conditions import When
+from sae_persona.steering.directions import norm_of, unit_of
 from sae_persona.steering.positions import Positions, Spans, check_positions
 from sae_persona.types import HookPoint
 
@@ -169,15 +170,15 @@ class Steer:
 
     def __post_init__(self) -> None:
         _finite("a direction", self.strength)
-        _norm(self.direction)
+        norm_of(self.direction)
 
     @property
     def basis(self) -> Tensor:
-        return _unit(self.direction)
+        return unit_of(self.direction)[None]
 
     @property
     def line(self) -> Line:
-        return Line(shift=self.strength * _norm(self.direction))
+        return Line(shift=self.strength * norm_of(self.direction))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,12 +192,14 @@ class ProjectOut:
     directions: Tensor
 
     def __post_init__(self) -> None:
-        for direction in self.directions.reshape(-1, self.directions.shape[-1]):
-            _norm(direction)
+        if not isinstance(self.directions, Tensor) or self.directions.ndim not in (1, 2) or not self.directions.numel():
+            raise ConfigError("directions to project out are a tensor [d_in] or [m, d_in]")
+        for direction in torch.atleast_2d(self.directions):
+            norm_of(direction)
 
     @property
     def basis(self) -> Tensor:
-        rows = self.directions.reshape(-1, self.directions.shape[-1]).double()
+        rows = torch.atleast_2d(self.directions).double()
         rows = rows / rows.norm(dim=1, keepdim=True)
         _, sizes, span = torch.linalg.svd(rows, full_matrices=False)
         return span[sizes > 1e-6 * sizes[0]].float()
@@ -216,11 +219,11 @@ class ProjectionClamp:
 
     def __post_init__(self) -> None:
         _finite("a direction", self.value)
-        _norm(self.direction)
+        norm_of(self.direction)
 
     @property
     def basis(self) -> Tensor:
-        return _unit(self.direction)
+        return unit_of(self.direction)[None]
 
     @property
     def line(self) -> Line:
@@ -243,13 +246,13 @@ class Cap:
 
     def __post_init__(self) -> None:
         _finite("a direction", self.value)
-        _norm(self.direction)
+        norm_of(self.direction)
         if self.keep not in ("below", "above"):
             raise ConfigError(f"a cap keeps the projection below or above its value, got {self.keep!r}")
 
     @property
     def basis(self) -> Tensor:
-        return _unit(self.direction)
+        return unit_of(self.direction)[None]
 
     @property
     def line(self) -> Line:
@@ -261,19 +264,6 @@ DIRECTION_OPERATIONS: dict[str, type[DirectionEdit]] = {
     kind.name: kind for kind in (Steer, ProjectOut, ProjectionClamp, Cap)
 }
 Edit = LatentEdit | DirectionEdit
-
-
-def _norm(direction: Tensor) -> float:
-    norm = float(direction.double().norm())
-    if direction.ndim != 1 or not 0 < norm < math.inf:
-        shape = list(direction.shape)
-        raise ConfigError(f"a direction is a finite vector [d_in] that is not 0, got {shape} of norm {norm:g}")
-    return norm
-
-
-def _unit(direction: Tensor) -> Tensor:
-    """[d_in] -> [1, d_in] fp32 of norm 1."""
-    return (direction.double() / direction.double().norm()).float()[None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -291,13 +281,38 @@ class Placed:
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ConfigError(f"a priority is a whole number, got {self.priority}")
 
 
 def placed(edits: Sequence[Edit | Placed], *, hook: HookPoint | None, positions: Positions | Spans) -> list[Placed]:
-    """Edits with their places; those that have none get these."""
+    """Edits with their places; those that have none get these.
+
+    Projections out of one place become one, of all their directions: each alone would take what they share twice.
+    """
     check_positions(positions)
     found = [one if isinstance(one, Placed) else Placed(edit=one, positions=positions) for one in edits]
-    return [replace(one, hook=hook) if one.hook is None else one for one in found]
+    return _joined([replace(one, hook=hook) if one.hook is None else one for one in found])
+
+
+def _joined(edits: Sequence[Placed]) -> list[Placed]:
+    found: list[Placed] = []
+    for one in edits:
+        edit = one.edit
+        for i, other in enumerate(found):
+            if (
+                isinstance(edit, ProjectOut)
+                and isinstance(other.edit, ProjectOut)
+                and (one.hook, one.positions) == (other.hook, other.positions)
+                and one.when is other.when
+                and edit.directions.shape[-1] == other.edit.directions.shape[-1]
+            ):
+                rows = [torch.atleast_2d(part.directions) for part in (other.edit, edit)]
+                found[i] = replace(other, edit=ProjectOut(torch.cat([part.to(rows[0]) for part in rows])))
+                break
+        else:
+            found.append(one)
+    return found
 
 
 def parse_edit(text: str, units: Sequence[float]) -> LatentEdit:

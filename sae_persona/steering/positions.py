@@ -60,12 +60,18 @@ def parse_positions(text: str) -> Positions | Spans:
     return text  # pyright: ignore[reportReturnType]
 
 
+def _lengths(lengths: Sequence[int]) -> Tensor:
+    if bad := [n for n in lengths if isinstance(n, bool) or not isinstance(n, int) or n < 1]:
+        raise ConfigError(f"prompt_lengths are whole numbers from 1, got {bad[0]}")
+    return torch.tensor(lengths)
+
+
 class Where:
     """Follows the forward passes of a model: where each row's prompt ends, and which tokens are which."""
 
     def __init__(self, bos_id: int | None, prompt_lengths: Sequence[int] | None = None) -> None:
         self.bos_id = bos_id
-        self.given = None if prompt_lengths is None else torch.tensor(prompt_lengths)
+        self.given = None if prompt_lengths is None else _lengths(prompt_lengths)
         self.prompt: Tensor | None = None  # [b] real tokens of each row's prompt
         self.generating = False
         self.cached = False  # whether the pass now running goes on from a cache
@@ -83,14 +89,29 @@ class Where:
         known = self.prompt is not None and len(self.prompt) == len(call.index)
         # a static cache does not say how full it is: it goes on where single tokens come
         self.cached = known and call.index.shape[1] == 1 if call.past is None else call.past > 0
-        starts = self.given is None and not self.cached and not (self.generating and self.prompt is not None)
-        if starts:
+        begins = self.generating and self.prompt is None
+        if begins:
+            self.cached = False  # a turn after one that is in the cache is a turn of its own
+        if self.given is None and (begins or not (self.cached or self.generating)):
             self.prompt = call.index[:, -1:].max(dim=1).values + 1  # what is there now is the prompt
         elif self.given is not None:
             self.prompt = self.given.to(call.index.device)
-        if self.prompt is None or len(self.prompt) != len(call.index):
-            got = None if self.prompt is None else len(self.prompt)
+        if self.prompt is None:
+            raise ConfigError(
+                "a pass goes on from a cache, and nothing tells where its prompt ends: use generate, or give "
+                "prompt_lengths"
+            )
+        if len(self.prompt) != len(call.index):
+            got = len(self.prompt)
             raise ConfigError(f"prompt_lengths must have one number a row, got {got} for {len(call.index)} rows")
+        if self.given is not None and not self.cached:
+            real = call.index[:, -1:].max(dim=1).values + 1
+            if (self.prompt > real).any():
+                row = int((self.prompt > real).nonzero()[0, 0])
+                raise ConfigError(
+                    f"row {row} has {int(real[row])} tokens, its prompt cannot have {int(self.prompt[row])}: "
+                    "prompt_lengths count real tokens, BOS too and padding not"
+                )
         self.call = call
 
     def chosen(self, positions: Positions | Spans) -> Tensor:

@@ -20,7 +20,9 @@ from torch import Tensor
 from sae_persona.errors import ConfigError
 from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU, Threshold, TopK
+from sae_persona.steering.directions import check_wide
 from sae_persona.steering.interventions import LatentEdit, Pin, Placed
+from sae_persona.steering.positions import Spans
 
 CORRELATED = 0.5
 """Edits of directions with a cosine of this or more are warned of: each undoes or doubles a part of the other."""
@@ -147,8 +149,7 @@ def _of_edit(one: Placed, sae: SAE | None, d_in: int) -> tuple[Tensor, Tensor, T
     """Rows of one edit: enc, dec [m, d_in], bias, threshold, latent [m]; on the CPU."""
     if not isinstance(one.edit, LatentEdit):
         basis = one.edit.basis.cpu()
-        if basis.shape[1] != d_in:
-            raise ConfigError(f"a direction has as many numbers as the stream, {d_in}, got {basis.shape[1]}")
+        check_wide(basis, d_in)
         m = len(basis)
         return basis, basis, torch.zeros(m), torch.full((m,), -math.inf), torch.full((m,), -1)
     assert sae is not None
@@ -202,6 +203,8 @@ APART = {("pre", "generated"), ("prompt", "generated")}
 
 def _apart(a: Placed, b: Placed) -> bool:
     """Whether two edits never meet at a token."""
+    if isinstance(a.positions, Spans) and isinstance(b.positions, Spans):
+        return all(p[1] <= q[0] or q[1] <= p[0] for p in a.positions.spans for q in b.positions.spans)
     return (a.positions, b.positions) in APART or (b.positions, a.positions) in APART
 
 

@@ -9,6 +9,7 @@ import pytest
 from sae_persona import cli
 from sae_persona.lab import corpora
 from sae_persona.runs import Run
+from sae_persona.stages.pipeline import FarBeyond, edits_of
 from sae_persona.steering.export.formats import FORMATS
 from sae_persona.steering.export.native import load_intervention
 
@@ -110,3 +111,24 @@ def test_files_that_cannot_be_applied_are_one_line(call, run, tmp_path):
         assert wanted in said[0]
     code, _, err = call("export", run.path, "--out", tmp_path / "y.json", "--edit", "ablate:1", "--format", "onnx")
     assert code == 2 and "a format is one of native, steer-py" in err
+
+
+def test_what_cannot_be_tried_is_refused_in_one_line(call, run):
+    plain = ["try", run.path, "who are you ?", "--edit", "clamp:3=1"]
+    for arguments, message in (
+        ([*plain, "--positions", "5:2"], "spans of tokens read START:STOP with 0 <= START < STOP, got 5:2"),
+        ([*plain, "--positions", "last"], "positions is one of answer, pre"),
+        ([*plain, "--n", 0], "--n counts answers from 1, got 0"),
+        (["try", run.path, " ", "--edit", "clamp:3=1"], "the prompt is empty: give what the user says"),
+    ):
+        code, out, err = call(*arguments)
+        said = [line for line in err.splitlines() if line.startswith("sae-persona: ")]
+        assert code == 2 and not out and len(said) == 1 and message in said[0], err
+    code, out, err = call(*plain, "--positions", "3:5", "--n", 1)
+    assert code == 0 and "->" in out
+
+
+def test_a_clamp_far_beyond_the_latent_is_warned_of(run):
+    with pytest.warns(FarBeyond, match="clamp of latent 3 to .* times the most that it ever reached"):
+        edits_of(run, ["clamp:3=1000"])
+    edits_of(run, ["clamp:3=2", "ablate:3"])

@@ -11,7 +11,7 @@ from sae_persona.errors import ConfigError
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.apply import intervene, intervene_rows
 from sae_persona.steering.conditions import When
-from sae_persona.steering.interventions import Add, Clamp, Placed, Steer
+from sae_persona.steering.interventions import Add, Clamp, Placed, ProjectOut, Steer
 from sae_persona.steering.positions import Spans, parse_positions
 from sae_persona.types import HookPoint
 
@@ -71,7 +71,7 @@ def test_an_edit_waits_for_its_latent_at_the_token(lm, sae, prompts, side):
 def test_a_condition_may_be_read_earlier_and_as_a_projection(lm, prompts):
     early, v = HookPoint(1), torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
     at = [x @ (v / v.norm()) for x in stream(lm, prompts, early)]
-    level = float(torch.cat(at).median())
+    level = float(torch.cat(at).median()) + 1e-4  # not at a token's own value, which rounding decides
     when = When(direction=v, above=level, hook=early)
     edit = Placed(edit=Steer(v, 1.0), hook=HOOK, positions="all", when=when)
     want = [[i for i, one in enumerate(row) if one > level and i] for row in at]
@@ -168,6 +168,73 @@ def test_a_bare_sae_serves_its_own_hook_point_only(lm, sae, prompts):
         generate(lm, prompts)
 
 
+def test_projections_out_of_one_place_are_one(lm, prompts):
+    """Directions at 60 degrees: what they share is removed once, in either order."""
+    u = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(1))
+    v = u / u.norm() + 0.3 * w / w.norm()
+    found = []
+    for order in ([u, v], [v, u]):
+        with intervene(lm, None, [ProjectOut(d) for d in order], hook=HOOK, positions="every"):
+            found.append(stream(lm, prompts))
+    with intervene(lm, None, [ProjectOut(torch.stack([u, v]))], hook=HOOK, positions="every"):
+        joint = stream(lm, prompts)
+    for one, other, both in zip(*found, joint, strict=True):
+        torch.testing.assert_close(one, both, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(other, both, atol=1e-4, rtol=1e-4)
+        assert (one @ (u / u.norm())).abs().max() < 1e-3 and (one @ (v / v.norm())).abs().max() < 1e-3
+
+
+def test_spans_that_never_meet_do_not_collide(lm, sae):
+    one, other = (
+        Placed(edit=STRONG, positions=Spans(((1, 3), (6, 8)))),
+        Placed(edit=Add(3, 1.0, 1.0), positions=Spans(((3, 6),))),
+    )
+    with intervene(lm, sae, [one, other]):
+        pass
+    meets = Placed(edit=Add(3, 1.0, 1.0), positions=Spans(((7, 9),)))
+    with pytest.raises(ConfigError, match="latent 3 is edited twice"), intervene(lm, sae, [one, meets]):
+        pass
+
+
+def test_a_second_turn_goes_on_from_the_cache(lm, sae, prompts):
+    """What is generated after a turn in the cache is what the whole text gives, for edits of the answer alone."""
+    first = torch.tensor([prompts[0]])
+    options = {"do_sample": False, "pad_token_id": lm.pad_id, "return_dict_in_generate": True}
+    turn = lm.model.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=4, **options)
+    whole = torch.cat([turn.sequences, torch.tensor([prompts[1][1:]])], dim=1)
+    options |= {"attention_mask": torch.ones_like(whole), "max_new_tokens": 6}
+    with intervene(lm, sae, [STRONG]):
+        fresh = lm.model.generate(whole, **options).sequences
+        cached = lm.model.generate(whole, past_key_values=turn.past_key_values, **options).sequences
+    assert torch.equal(cached, fresh) and not torch.equal(fresh, lm.model.generate(whole, **options).sequences)
+
+
+def test_a_pass_from_a_cache_needs_to_know_its_prompt(lm, sae, prompts):
+    ids = torch.tensor([prompts[0]])
+    cache = lm.model(ids, use_cache=True).past_key_values
+    with (
+        intervene(lm, sae, [STRONG]),
+        pytest.raises(ConfigError, match="goes on from a cache, and nothing tells where"),
+    ):
+        lm.model(ids[:, -2:], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([0], "whole numbers from 1, got 0"),
+        ([2.5], "whole numbers from 1, got 2.5"),
+        ([5], "row 0 has 4 tokens, its prompt cannot have 5"),
+    ],
+)
+def test_prompt_lengths_that_cannot_be(lm, sae, lengths, message):
+    with pytest.raises(ConfigError, match=message), intervene(lm, sae, [STRONG], prompt_lengths=lengths):
+        lm.model(torch.tensor([[1, 20, 21, 22]]))
+    with pytest.raises(ConfigError, match="a priority is a whole number, got 1.5"):
+        Placed(edit=STRONG, priority=1.5)
+
+
 def test_priorities_decide_where_edits_meet(lm, sae, prompts):
     weak, strong = Clamp(3, 0.1, 1.0), STRONG
     with intervene(lm, sae, [Placed(edit=weak, priority=1), Placed(edit=strong, priority=2)]):
@@ -203,6 +270,10 @@ def test_a_generation_stops_where_its_condition_holds(lm, sae, prompts):
         (lambda: When(above=1.0, latent=1, direction=torch.ones(3)), "reads either a latent or a direction"),
         (lambda: When(above=math.nan, latent=1), "a condition needs a finite level, got nan"),
         (lambda: When(above=-1.0, latent=1), "a latent is never below 0"),
+        (lambda: When(above=1.0, direction=torch.zeros(3)), "a direction is a finite vector .* that is not 0"),
+        (lambda: When(above=1.0, direction=torch.tensor([1.0, math.nan])), "a direction is a finite vector"),
+        (lambda: When(above=1.0, direction=torch.ones(2, 3)), "a direction is a finite vector"),
+        (lambda: When(above=1.0, direction=[1.0, 2.0]), "a direction is a tensor .*, got list"),
         (lambda: When(above=1.0, latent=1, scope="day"), "holds at a token or in a turn, got 'day'"),
     ],
 )
@@ -223,6 +294,11 @@ def test_conditions_that_cannot_be_read(lm, sae):
             [Placed(edit=STRONG, when=When(latent=99, above=1.0))],
             {},
             "the condition reads latent 99 at .*, where no SAE",
+        ),
+        (
+            [Placed(edit=STRONG, when=When(direction=torch.ones(3), above=1.0))],
+            {},
+            "a direction has as many numbers as the stream, 128, got 3",
         ),
         ([], {"abort_when": When(latent=7, above=1.0)}, "a condition to stop at needs a hook point"),
     ]

@@ -13,6 +13,7 @@ said stands in keys:
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,13 @@ from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, FormatError
 from sae_persona.runs import write_whole
 from sae_persona.steering.export.additive import additive, by_layer
-from sae_persona.steering.export.intervention import Intervention
+from sae_persona.steering.export.intervention import Intervention, MadeFor
 
 ARCHITECTURE = "controlvector"
 TOOL = "a control vector"
+READ = ("general.architecture", "sae_persona.model", "sae_persona.config_hash")
+CORRUPT = (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, MemoryError)
+"""What gguf raises on files that are cut or crafted."""
 
 
 def write(intervention: Intervention, lm: LM, path: Path) -> Path:
@@ -50,15 +54,9 @@ def write(intervention: Intervention, lm: LM, path: Path) -> Path:
 
 def read(path: Path) -> dict[int, Tensor]:
     """What is added to the output of each layer: [d_model] fp32. FormatError for a file that is no control vector."""
-    gguf = _package()
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
-        raise FormatError(f"{path} is not a GGUF file: {error}") from error
-    field = reader.get_field("general.architecture")
-    if field is None or field.contents() != ARCHITECTURE:
-        found = None if field is None else field.contents()
-        raise FormatError(f"{path} is a GGUF file of architecture {found}, not {ARCHITECTURE}")
+    gguf, (reader, said) = _package(), _open(path)
+    if said["general.architecture"] != ARCHITECTURE:
+        raise FormatError(f"{path} is a GGUF file of architecture {said['general.architecture']}, not {ARCHITECTURE}")
     found = {}
     for tensor in reader.tensors:
         named = re.fullmatch(r"direction\.(\d+)", tensor.name)
@@ -68,6 +66,25 @@ def read(path: Path) -> dict[int, Tensor]:
     if not found or not all(vector.isfinite().all() for vector in found.values()):
         raise FormatError(f"{path} has {len(found)} directions, not all of them finite")
     return dict(sorted(found.items()))
+
+
+def made_for(path: Path, d_model: int) -> MadeFor | None:
+    """The model that it was made for; None where another tool wrote it, which does not tell."""
+    _, said = _open(path)
+    config_hash = said["sae_persona.config_hash"]
+    return (
+        MadeFor(name=str(said["sae_persona.model"]), d_model=d_model, config_hash=config_hash) if config_hash else None
+    )
+
+
+def _open(path: Path) -> tuple[Any, dict[str, str | None]]:
+    """The file, and the texts under the keys that are read; None for those it lacks."""
+    try:
+        reader = _package().GGUFReader(path)
+        fields = {key: reader.get_field(key) for key in READ}
+        return reader, {key: None if field is None else str(field.contents()) for key, field in fields.items()}
+    except CORRUPT as error:
+        raise FormatError(f"{path} is not a GGUF file: {error}") from error
 
 
 def _write(path: Path, layers: dict[int, Tensor], model_type: str, intervention: Intervention) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, FormatError, ModelError
 from sae_persona.steering.apply import SAEs
+from sae_persona.steering.directions import dense
 from sae_persona.steering.export import control_vector, lm_eval_file
 from sae_persona.steering.export.intervention import Intervention
 from sae_persona.steering.export.native import load_intervention
@@ -50,11 +51,13 @@ def import_intervention(
     if path.suffix == ".gguf":
         _no_layer(path, layer)
         vectors = control_vector.read(path)
+        if (made_for := control_vector.made_for(path, lm.d_model)) is not None:
+            made_for.check(lm)
         edits = [(HookPoint(n), Steer(_wide(path, v, lm), strength)) for n, v in vectors.items()]
     elif path.suffix in (".pt", ".pth"):
         content = lm_eval_file.load_tensors(path)
         if isinstance(content, Tensor):
-            edits = [_persona_vector(path, content, lm, layer, strength)]
+            edits = [_persona_vector(path, _plain(path, content), lm, layer, strength)]
         else:
             _no_layer(path, layer)
             edits = [_lm_eval(path, lm, *entry, strength) for entry in lm_eval_file.read(path).items()]
@@ -79,7 +82,7 @@ def _persona_vector(
 def _lm_eval(
     path: Path, lm: LM, module: str, entry: dict[str, Any], strength: float
 ) -> tuple[HookPoint, DirectionEdit]:
-    vector, amount = _wide(path, entry["steering_vector"], lm), float(entry["steering_coefficient"])
+    vector, amount = _wide(path, entry["steering_vector"], lm), entry["steering_coefficient"]
     base = dict(lm.model.base_model.named_modules())  # pyright: ignore
     layers = [i for i, block in enumerate(lm.blocks) if base.get(module) is block]
     if not layers:
@@ -94,7 +97,15 @@ def _lm_eval(
     return HookPoint(layers[0]), ProjectionClamp(vector, amount)
 
 
-def _wide(path: Path, vector: Tensor, lm: LM) -> Tensor:
+def _plain(path: Path, x: Any) -> Tensor:
+    tensor = dense(x)
+    if tensor is None:
+        raise FormatError(f"{path} has a {type(x).__name__} that is no dense tensor of real numbers: save it as one")
+    return tensor
+
+
+def _wide(path: Path, vector: Any, lm: LM) -> Tensor:
+    vector = _plain(path, vector)
     if vector.shape != (lm.d_model,):
         raise ModelError(f"{path} has vectors {list(vector.shape)}, {lm.name} has width {lm.d_model}: load its model")
     if not torch.isfinite(vector).all():

@@ -48,9 +48,10 @@ class MadeFor:
             raise ModelError(
                 f"the intervention is for width {self.d_model}, {lm.name} has {lm.d_model}: load its model"
             )
-        if self.config_hash not in (None, lm.config_hash):
+        if self.config_hash is not None and self.config_hash != lm.config_hash:
             raise ModelError(
-                f"the intervention was made for {self.name}, {lm.name} has another config: load the model it names"
+                f"the intervention was made for {self.name} of config {self.config_hash[:8]}, and {lm.name} here has "
+                f"config {lm.config_hash[:8]}: load that model, or export the edits for this one"
             )
 
 
@@ -192,12 +193,11 @@ def _resolved(edits: Sequence[Placed], saes: SAEs) -> list[Placed]:
     """With every hook point named, those of conditions too, as `intervene` finds them."""
     default = saes.hook if isinstance(saes, SAE) and any(one.hook is None for one in edits) else None
     whole = [one if one.hook else replace(one, hook=default) for one in edits]
-    by_hook: dict[HookPoint | None, list[Placed]] = {}
+    renamed: dict[tuple[int, HookPoint | None], When] = {}  # one condition may be read at several hook points
+    resolved = []
     for one in whole:
-        by_hook.setdefault(one.hook, []).append(one)
-    renamed: dict[int, When] = {}
-    for hook, group in by_hook.items():
-        for one in group:
-            if one.when is not None and id(one.when) not in renamed:
-                renamed[id(one.when)] = replace(one.when, hook=one.when.hook or hook)
-    return [one if one.when is None else replace(one, when=renamed[id(one.when)]) for one in whole]
+        if one.when is not None:
+            at = one.when.hook or one.hook
+            one = replace(one, when=renamed.setdefault((id(one.when), at), replace(one.when, hook=at)))
+        resolved.append(one)
+    return resolved

@@ -11,6 +11,7 @@ it stands last. One action a module. What is lost in an approximation stands bes
 """
 
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ import torch
 from sae_persona.activations.lm import LM
 from sae_persona.errors import ConfigError, FormatError
 from sae_persona.runs import write_whole
+from sae_persona.steering.directions import dense
 from sae_persona.steering.export.additive import INSTEAD, additive, by_layer, check_everywhere, strength_of
 from sae_persona.steering.export.intervention import Intervention
 from sae_persona.steering.interventions import Placed, ProjectionClamp, ProjectOut
 
 TOOL = "an lm-eval steered file"
-KEYS = ("action", "steering_vector", "steering_coefficient", "bias")
+AMOUNT = "steering_coefficient"
+CORRUPT = (
+    *(pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, ArithmeticError, MemoryError, struct.error),
+)
+"""What torch.load raises on files that are cut or crafted."""
+KEYS = ("action", "steering_vector", AMOUNT, "bias")
 
 
 def write(intervention: Intervention, lm: LM, path: Path) -> Path:
@@ -63,18 +71,18 @@ def write(intervention: Intervention, lm: LM, path: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The content of such a file. FormatError if it is anything else."""
+    """The content of such a file, coefficients as numbers. FormatError if it is anything else."""
     content = load_tensors(path)
     if not isinstance(content, dict) or not content or not all(_is_entry(entry) for entry in content.values()):
         raise FormatError(f"{path} is not an lm-eval steered file: {{module: {{{', '.join(KEYS)}}}}}")
-    return content
+    return {name: {**entry, "steering_coefficient": _number(entry[AMOUNT])} for name, entry in content.items()}
 
 
 def load_tensors(path: Path) -> Any:
     """What torch.save wrote, of tensors and plain values. FormatError for a missing file, another one, or code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except CORRUPT as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FormatError(f"{path} is no file of plain tensors, and code is not read: {reason}") from error
 
@@ -83,9 +91,24 @@ def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and set(KEYS) <= set(entry)
+        and isinstance(entry["action"], str)
         and entry["action"] in ("add", "clamp")
         and isinstance(entry["steering_vector"], torch.Tensor)
+        and isinstance(entry["bias"], torch.Tensor | None)
+        and _number(entry[AMOUNT]) is not None
     )
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a tensor of one; None for anything else."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = None if (whole := dense(value)) is None else whole.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond the largest
+        return None
 
 
 def _clamp(one: Placed) -> tuple[int, str, torch.Tensor, float]:

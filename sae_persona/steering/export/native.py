@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_persona.activations.lm import LM
-from sae_persona.errors import ConfigError, FormatError, ModelError
+from sae_persona.errors import ConfigError, FormatError, ModelError, SaePersonaError
 from sae_persona.runs import file_hash, read_json, versions, write_json, write_whole
 from sae_persona.sae.files import check_tensors, read_safetensors
 from sae_persona.sae.model import SAE
@@ -110,20 +110,26 @@ def load_intervention(path: str | Path, sae: SAEs = None) -> Intervention:
             raw, tensors = _of_format_1(raw, tensors)
         _check_conventions(path, raw)
         return _read(path, raw, tensors, sae)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FormatError(f"{path} is not a whole intervention ({error!r}): export it again") from error
     except ConfigError as error:
         raise FormatError(f"{path} says what cannot be: {error}") from error
+    except SaePersonaError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else "a value in it is of another kind"
+        raise FormatError(f"{path} is not a whole intervention ({reason}): export it again") from error
 
 
 def _read(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], given: SAEs) -> Intervention:
-    model = MadeFor(**raw["model"])
+    model = _model(raw["model"])
     _check_shapes(path, raw, tensors, model.d_model)
     parts = {HookPoint.parse(hook): _part(path, hook, said, tensors, given) for hook, said in raw["saes"].items()}
     conditions = [_condition_from_json(condition, tensors) for condition in raw["conditions"]]
     edits = tuple(_edit_from_json(edit, tensors, conditions) for edit in raw["edits"])
     if not edits:
         raise FormatError(f"{path} has no edits: export it again")
+    for name in ("evidence", "approximation"):
+        if not isinstance(raw.get(name), dict) and not (raw.get(name) is None and name == "approximation"):
+            raise ConfigError(f"{name} is no JSON object")
     intervention = Intervention(
         edits=edits, parts=parts, model=model, evidence=raw["evidence"], approximation=raw.get("approximation")
     )
@@ -132,6 +138,16 @@ def _read(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], given: SA
         latents = [(one.edit.latent, one, 0) for one in edits if one.hook == hook and isinstance(one.edit, LatentEdit)]
         check_collisions(latents)
     return intervention
+
+
+def _model(raw: dict[str, Any]) -> MadeFor:
+    made = MadeFor(**raw)
+    kinds = {"name": str, "d_model": int, "n_layers": int, "config_hash": str, "blocks": str, "bos_id": int}
+    for name, kind in kinds.items():
+        value, may_lack = getattr(made, name), name not in ("name", "d_model")
+        if not (value is None and may_lack) and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise ConfigError(f"model.{name} is not {'a whole number' if kind is int else 'a text'}")
+    return made
 
 
 def _saes_to_json(intervention: Intervention) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -186,9 +202,16 @@ def _edit_from_json(raw: dict[str, Any], tensors: dict[str, Tensor], conditions:
         edit=kind(**values),
         hook=HookPoint.parse(raw["hook"]),
         positions=parse_positions(raw["positions"]),
-        when=None if raw["when"] is None else conditions[raw["when"]],
+        when=None if raw["when"] is None else _condition(raw["when"], conditions),
         priority=raw["priority"],
     )
+
+
+def _condition(number: Any, conditions: list[When]) -> When:
+    _check_number("when", number, whole=True)
+    if not 0 <= number < len(conditions):
+        raise ConfigError(f"an edit waits for condition {number}, and there are {len(conditions)}")
+    return conditions[number]
 
 
 def _condition_to_json(when: When, i: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -201,6 +224,8 @@ def _condition_to_json(when: When, i: int, tensors: dict[str, Tensor]) -> dict[s
 
 def _condition_from_json(raw: dict[str, Any], tensors: dict[str, Tensor]) -> When:
     _check_number("above", raw["above"])
+    if raw["latent"] is not None:
+        _check_number("a condition's latent", raw["latent"], whole=True)
     direction = None if raw["direction"] is None else tensors[raw["direction"]]
     values = {name: raw[name] for name in ("above", "latent", "scope")}
     return When(**values, direction=direction, hook=HookPoint.parse(raw["hook"]))
@@ -227,17 +252,23 @@ def _check_conventions(path: Path, raw: dict[str, Any]) -> None:
 def _read_tensors(path: Path, named: dict[str, str] | None) -> dict[str, Tensor]:
     if named is None:
         return {}
+    if Path(named["file"]).name != named["file"]:
+        raise FormatError(f"{path} names tensors in another folder, and they belong beside it: copy both together")
     file = path.with_name(named["file"])
     if not file.is_file():
         raise FormatError(f"{path} needs {file.name} beside it, which is missing")
     if file_hash(file) != named["sha256"]:
         raise FormatError(f"{file} is not the file that {path.name} was written with: copy both again")
-    return read_safetensors(file)
+    found = read_safetensors(file)
+    if odd := [name for name, x in found.items() if not x.is_floating_point()]:
+        raise FormatError(f"{file}: {odd[0]} holds {found[odd[0]].dtype}, wanted floating point: export it again")
+    return {name: x.float() for name, x in found.items()}
 
 
 def _check_shapes(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], d: int) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for hook, said in raw["saes"].items():
+        _check_sae(said)
         m = len(said["latents"])
         if said["encoder"] == "partial":
             shapes |= {f"{hook}.w_enc": (m, d), f"{hook}.b_enc": (m,), f"{hook}.w_dec": (m, d)}
@@ -248,6 +279,18 @@ def _check_shapes(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], d
                 shapes[owner[key]] = (*tensors[owner[key]].shape[:-1], d)
     if shapes or tensors:
         check_tensors(tensors, shapes, path.with_suffix(".safetensors"), "what the edits need")
+
+
+def _check_sae(said: dict[str, Any]) -> None:
+    """ConfigError unless what is said of an SAE has the types that it is read with."""
+    _check_number("n_latents", said["n_latents"], whole=True)
+    for name in ("rule", "fingerprint", "encoder"):
+        if not isinstance(said[name], str):
+            raise ConfigError(f"an SAE's {name} is a text")
+    if said["encoder"] not in ("full", "partial"):
+        raise ConfigError(f"an encoder is full or partial, got {said['encoder']!r}")
+    for latent in said["latents"]:
+        _check_number("a latent", latent, whole=True)
 
 
 def _part(path: Path, hook: str, said: dict[str, Any], tensors: dict[str, Tensor], given: SAEs) -> Part:

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_persona.activations.lm import LM
+from sae_persona.activations.lm import LM, VOLATILE
 from sae_persona.errors import ConfigError
 from sae_persona.runs import write_text, write_whole
 from sae_persona.steering.conditions import When
+from sae_persona.steering.directions import unit_of
 from sae_persona.steering.export import steer_template
 from sae_persona.steering.export.additive import check_local
 from sae_persona.steering.export.intervention import Intervention
@@ -79,6 +80,7 @@ def table(intervention: Intervention, lm: LM, tool: str) -> tuple[dict[str, Tens
     hooks: list[HookPoint] = sorted({*intervention.hooks, *read_at}, key=lambda h: (h.layer, h.site == "resid_post"))
     return tensors, {
         "model": lm.name,
+        "config": config_facts(lm),
         "blocks": lm.blocks_path,
         "n_layers": lm.n_layers,
         "d_model": lm.d_model,
@@ -90,10 +92,23 @@ def table(intervention: Intervention, lm: LM, tool: str) -> tuple[dict[str, Tens
     }
 
 
+def config_facts(lm: LM) -> dict[str, Any]:
+    """What the script knows the model by: the type, and the hash of the config as this transformers writes it."""
+    import transformers
+
+    config: Any = lm.model.config
+    return {
+        "model_type": config.model_type,
+        "sha256": lm.config_hash,
+        "without": sorted(VOLATILE),
+        "transformers": transformers.__version__,
+    }
+
+
 def _condition(intervention: Intervention, when: When) -> dict[str, Tensor]:
     if when.direction is not None:
-        unit = when.direction.detach().float().cpu()
-        return {"enc": (unit / unit.norm())[None], "bias": torch.zeros(1), "threshold": torch.full((1,), -math.inf)}
+        unit = unit_of(when.direction.detach().cpu())
+        return {"enc": unit[None], "bias": torch.zeros(1), "threshold": torch.full((1,), -math.inf)}
     assert when.hook is not None and when.latent is not None
     rows = intervention.parts[when.hook].rows([when.latent])
     return {

@@ -13,6 +13,7 @@ never edited, BOS only by edits at every token. In ``generate`` the prompt is wh
 all prompt. Attention masks must be [batch, tokens].
 """
 
+import hashlib
 import inspect
 import json
 import sys
@@ -29,6 +30,30 @@ def load(path):
         return json.loads(file.metadata()["edits"]), {name: file.get_tensor(name) for name in file.keys()}
 
 
+def config_hash(config, without):
+    """SHA-256 of a config, without what may change, at every depth."""
+
+    def lasting(value):
+        if isinstance(value, dict):
+            return {key: lasting(v) for key, v in value.items() if key not in without and not key.startswith("_")}
+        return value
+
+    said = lasting(json.loads(config.to_json_string(use_diff=False)))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def check(config, facts):
+    """ValueError for another model; the hash is told by the release of transformers that the file was written with."""
+    import transformers  # here: it is slow to import
+
+    wanted, name = facts["config"], facts["model"]
+    if config.model_type != wanted["model_type"]:
+        raise ValueError(f"the edits are for {name}, a {wanted['model_type']}, and this model is a {config.model_type}")
+    if transformers.__version__ == wanted["transformers"]:
+        if config_hash(config, wanted["without"]) != wanted["sha256"]:
+            raise ValueError(f"the edits are for {name}, and this model has another config: load the one it names")
+
+
 class Steering:
     """The edits of a file on a model; hooks are there until ``remove``."""
 
@@ -39,6 +64,7 @@ class Steering:
         blocks = model.get_submodule(self.facts["blocks"])
         if len(blocks) != self.facts["n_layers"] or model.config.get_text_config().hidden_size != self.facts["d_model"]:
             raise ValueError(f"the edits are for {self.facts['model']}, this model has other sizes")
+        check(model.config, self.facts)
         self.names = list(inspect.signature(model.forward).parameters)
         self.generating, self.prompt, self.holds = False, None, {}
         self.handles = [model.register_forward_pre_hook(self.see, with_kwargs=True)]
@@ -157,10 +183,13 @@ def steering(model, path=None):
 
 
 def main():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     name, prompt = sys.argv[1:]
-    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    tokenizer, model = (
+        transformers.AutoTokenizer.from_pretrained(name),
+        transformers.AutoModelForCausalLM.from_pretrained(name),
+    )
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

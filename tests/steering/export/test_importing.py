@@ -1,13 +1,17 @@
 import json
+import math
+import random
 
 import pytest
 import torch
 
-from sae_persona.errors import ConfigError, FormatError, ModelError
+from sae_persona.activations.lm import LM
+from sae_persona.errors import ConfigError, FormatError, ModelError, SaePersonaError
 from sae_persona.steering.apply import intervene
+from sae_persona.steering.conditions import When
 from sae_persona.steering.export import control_vector, lm_eval_file, native
 from sae_persona.steering.export.importing import import_intervention
-from sae_persona.steering.interventions import Clamp, Placed, ProjectionClamp, Steer
+from sae_persona.steering.interventions import Clamp, Placed, ProjectionClamp, ProjectOut, Steer
 from sae_persona.types import HookPoint
 
 
@@ -79,7 +83,8 @@ def test_files_that_do_not_fit_are_refused_before_the_model_runs(lm, sae, sums, 
     native.export(ours, lm, sae, [Clamp(3, 2.0, 6.0)])
     (tmp_path / "y.json").write_text(json.dumps({**json.loads(ours.read_text()), "layer_base": 1}))
     for path, to, given, error, message in (
-        ("x.gguf", other, {}, ModelError, r"has vectors \[128\], tiny-Qwen2 has width 32"),
+        ("x.gguf", other, {}, ModelError, "was made for lab of config .* tiny-Qwen2 here has config"),
+        ("there.pt", other, {}, ModelError, r"has vectors \[128\], tiny-Qwen2 has width 32"),
         ("x.gguf", lm, {"layer": 2}, ConfigError, "names its own layers"),
         ("x.gguf", lm, {"strength": float("nan")}, ConfigError, "finite"),
         ("x.json", other, {}, ModelError, "is for width 128, tiny-Qwen2 has 32"),
@@ -105,3 +110,140 @@ def test_lm_eval_files_are_read_with_their_strength(lm, one_sum, edited, tmp_pat
     whole = import_intervention(path, lm).edits[0].edit
     half = import_intervention(path, lm, strength=0.5).edits[0].edit
     assert isinstance(whole, Steer) and half.strength == whole.strength / 2
+
+
+JUNK = [
+    None,
+    True,
+    -1,
+    99,
+    1.5,
+    10**400,
+    math.nan,
+    "",
+    "a/b",
+    "\0",
+    "..",
+    "layers.2.resid_post",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+]
+
+
+def places(value, at=()):
+    """The keys that lead to every part of a JSON value."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield (*at, key)
+        yield from places(part, (*at, key))
+
+
+def changed(raw, place, junk, *, drop=False):
+    """A copy with another value there, or without it."""
+    copy = json.loads(json.dumps(raw))
+    owner = copy
+    for key in place[:-1]:
+        owner = owner[key]
+    if drop:
+        del owner[place[-1]]
+    else:
+        owner[place[-1]] = junk
+    return copy
+
+
+def opens_or_refuses(path, lm, **given):
+    """Whether it could be applied; anything but a refusal of ours fails the test."""
+    try:
+        with import_intervention(path, lm, **given).applied(lm):
+            return True
+    except SaePersonaError as error:
+        assert "\n" not in str(error) and "Error(" not in str(error)
+        return False
+
+
+@pytest.mark.filterwarnings("ignore::sae_persona.steering.rows.EditsMeet")
+def test_crafted_files_of_ours_are_refused_in_one_line(lm, sae, tmp_path):
+    waits = When(latent=5, above=0.1, scope="turn", hook=HookPoint(2))
+    points = When(direction=torch.ones(lm.d_model), above=1.0)
+    edits = [
+        Placed(edit=Clamp(3, 2.0, 6.0), priority=1, when=waits),
+        Placed(edit=ProjectOut(torch.eye(lm.d_model)[:2]), hook=HookPoint(3), when=points),
+    ]
+    path = native.export(tmp_path / "x.json", lm, sae, edits)
+    raw = json.loads(path.read_text())
+    assert opens_or_refuses(path, lm)
+    wanted = [place for place in places(raw) if place[0] not in ("evidence", "versions", "unit")]
+    assert len(wanted) > 50
+    for place in wanted:
+        broken = [changed(raw, place, None, drop=True), *(changed(raw, place, junk) for junk in JUNK)]
+        for one in broken:
+            path.write_text(json.dumps(one))
+            opens_or_refuses(path, lm)
+    for text in ("[" * 100_000, "9" * 5000, "[]", "null", "", "\ud800", '{"format": 2}'):
+        path.write_text(text, errors="surrogatepass")
+        assert not opens_or_refuses(path, lm)
+
+
+def test_crafted_tensors_of_torch_are_refused_in_one_line(lm, tmp_path):
+    path, v = tmp_path / "x.pt", torch.ones(lm.d_model)
+    entry = {"action": "add", "steering_vector": v, "steering_coefficient": 1.0, "bias": None}
+    odd = [
+        v.to_sparse(),
+        v.to(torch.complex64),
+        v[:0],
+        v[:3],
+        v * math.nan,
+        v * 0,
+        v.double() * 1e300,
+        v[None],
+        3,
+        "x",
+        None,
+        [],
+    ]
+    entries = [{**entry, key: junk} for key in entry for junk in [*odd, *JUNK]]
+    entries += [{**entry, "action": "clamp", "steering_vector": x} for x in odd]
+    entries += [{**entry, "action": "clamp", "bias": x} for x in odd]
+    contents = [
+        *({"layers.2": one} for one in entries),
+        *odd,
+        {},
+        {3: entry},
+        {"layers.2": 3},
+        {"a": entry},
+        torch.zeros(2, 2),
+    ]
+    contents += [torch.ones(lm.n_layers, lm.d_model).to_sparse(), torch.ones(lm.n_layers, lm.d_model) * math.inf]
+    for content in contents:
+        torch.save(content, path)
+        for given in ({}, {"layer": 2}):
+            opens_or_refuses(path, lm, **given)
+    torch.save({"layers.2": entry}, path)
+    assert opens_or_refuses(path, lm)
+    _broken_bytes(path, lm)
+
+
+def test_crafted_control_vectors_are_refused_in_one_line(lm, sums, tmp_path):
+    _broken_bytes(control_vector.write(sums, lm, tmp_path / "x.gguf"), lm)
+
+
+def _broken_bytes(path, lm):
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        cut = bytearray(whole[: draw.choice([len(whole), draw.randrange(len(whole))])])
+        for _ in range(draw.randrange(4)):
+            if cut:
+                cut[draw.randrange(min(600, len(cut)))] = draw.randrange(256)
+        path.write_bytes(cut)
+        opens_or_refuses(path, lm)
+
+
+def test_a_control_vector_knows_its_model(lm, sums, tmp_path):
+    path = control_vector.write(sums, lm, tmp_path / "x.gguf")
+    assert control_vector.made_for(path, lm.d_model).name == lm.name
+    other = LM(lm.model, lm.tokenizer, lm.blocks, lm.blocks_path, "other")
+    other.__dict__["config_hash"] = "0" * 64
+    with pytest.raises(ModelError, match="was made for lab of config .*, and other here has config 00000000"):
+        import_intervention(path, other)

@@ -79,7 +79,9 @@ def test_another_model_is_refused(lm, sae, tmp_path):
     path = export(tmp_path / "x.json", lm, sae, EDITS)
     other = LM(lm.model, lm.tokenizer, lm.blocks, lm.blocks_path, "other")
     other.__dict__["config_hash"] = "0" * 64
-    with pytest.raises(ModelError, match="was made for lab, other has another config"):
+    with pytest.raises(
+        ModelError, match="was made for lab of config .*, and other here has config 00000000: load that model"
+    ):
         with load_intervention(path).applied(other):
             pass
 

@@ -1,5 +1,6 @@
 """The script does what the edits do where nothing of this package can be imported."""
 
+import copy
 import json
 import os
 import subprocess
@@ -53,6 +54,21 @@ def everything(lm, sae):
     ]
     with pytest.warns(match="pull on directions"):  # the cap and the last act at different tokens
         return Intervention.of(lm, {HookPoint(2): sae}, edits)
+
+
+def test_the_script_refuses_another_model(lm, sums, tmp_path, monkeypatch):
+    path = steer_script.write(sums, lm, tmp_path / "x.py")
+    facts, _ = steer_template.load(path.with_suffix(".safetensors"))
+    steer_template.check(lm.model.config, facts)
+    other = copy.deepcopy(lm.model.config)
+    other.rms_norm_eps = 0.5
+    with pytest.raises(ValueError, match="the edits are for lab, and this model has another config"):
+        steer_template.check(other, facts)
+    monkeypatch.setattr("transformers.__version__", "0.1")  # whose configs say other things
+    steer_template.check(other, facts)
+    other.model_type = "mistral"
+    with pytest.raises(ValueError, match="the edits are for lab, a llama, and this model is a mistral"):
+        steer_template.check(other, facts)
 
 
 @pytest.mark.filterwarnings("ignore:edits of")
