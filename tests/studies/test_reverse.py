@@ -22,7 +22,8 @@ from sae_persona.types import HookPoint
 ANSWERS = AnswerConfig(max_new_tokens=3)
 CONFIG = ReverseConfig(
     n_up=2, n_down=0, n_random=2, further_steps=2, answers=ANSWERS, examples=2,
-    search=SearchConfig(strengths=(0.5, 1.0)), induce=InduceConfig(doses=(1.0,), n_induce_random=1),
+    search=SearchConfig(strengths=(0.5, 1.0), factors=(1.0,), times=1),
+    induce=InduceConfig(doses=(1.0,), n_induce_random=1),
 )  # fmt: skip
 
 
