@@ -81,10 +81,15 @@ if TYPE_CHECKING:
     from sae_persona.steering.sweep import SweepConfig as SweepConfig
     from sae_persona.steering.sweep import sweep as sweep
     from sae_persona.studies.alarm import Alarm as Alarm
+    from sae_persona.studies.battery import Variant as Variant
     from sae_persona.studies.callback import Watch as Watch
     from sae_persona.studies.callback import trainer_callback as trainer_callback
+    from sae_persona.studies.candidates import MeasuredSAE as MeasuredSAE
+    from sae_persona.studies.certificate import Certificate as Certificate
     from sae_persona.studies.diff import DiffConfig as DiffConfig
     from sae_persona.studies.diff import diff as diff
+    from sae_persona.studies.induce import InduceConfig as InduceConfig
+    from sae_persona.studies.induce import induce as induce
     from sae_persona.studies.panel import Panel as Panel
     from sae_persona.studies.panel import PanelConfig as PanelConfig
     from sae_persona.studies.panel import choose_panel as choose_panel
@@ -92,6 +97,9 @@ if TYPE_CHECKING:
     from sae_persona.studies.predict import predict as predict
     from sae_persona.studies.readings import read_prompted as read_prompted
     from sae_persona.studies.readings import read_prompts as read_prompts
+    from sae_persona.studies.reverse import Case as Case
+    from sae_persona.studies.reverse import ReverseConfig as ReverseConfig
+    from sae_persona.studies.reverse import reverse as reverse
     from sae_persona.studies.rows import RowsConfig as RowsConfig
     from sae_persona.studies.rows import screen_rows as screen_rows
     from sae_persona.studies.snapshots import Snapshot as Snapshot
@@ -159,14 +167,18 @@ _HOMES = {
     "steering.solver": ("Targets",),
     "steering.sweep": ("SweepConfig", "sweep"),
     "studies.alarm": ("Alarm",),
+    "studies.battery": ("Variant",),
     "studies.callback": (
         "Watch",
         "trainer_callback",
     ),
+    "studies.candidates": ("MeasuredSAE",),
+    "studies.certificate": ("Certificate",),
     "studies.diff": (
         "DiffConfig",
         "diff",
     ),
+    "studies.induce": ("InduceConfig", "induce"),
     "studies.panel": (
         "Panel",
         "PanelConfig",
@@ -180,6 +192,7 @@ _HOMES = {
         "read_prompted",
         "read_prompts",
     ),
+    "studies.reverse": ("Case", "ReverseConfig", "reverse"),
     "studies.rows": (
         "RowsConfig",
         "screen_rows",

@@ -24,7 +24,7 @@ from sae_persona.steering.judges import load_judge
 from sae_persona.steering.strength import Judge
 from sae_persona.studies.battery import Question, Variant
 from sae_persona.studies.bounds import Bounds
-from sae_persona.studies.candidates import MODES, Candidate, Site
+from sae_persona.studies.candidates import MODES, Candidate, MeasuredSAE
 from sae_persona.studies.certificate import Certificate
 from sae_persona.studies.exams import read_questions
 from sae_persona.studies.induce import InduceConfig
@@ -252,22 +252,22 @@ def _named(pairs: Sequence[str], form: str) -> dict[str, str]:
     return found
 
 
-def _site(path: Path, device: str) -> Site:
+def _site(path: Path, device: str) -> MeasuredSAE:
     if is_sae(path):
-        return Site(load_sae(path).to(device))
+        return MeasuredSAE(load_sae(path).to(device))
     run = Run.open(path)
     sae = load_sae(run.sae)
     if run.scan.is_file() or run.latents.is_file():
         if not run.scan.is_file():
             check_measured(run, sae)
-        return Site(sae.to(device), findings(run).stats)
-    return Site(sae.to(device))
+        return MeasuredSAE(sae.to(device), findings(run).stats)
+    return MeasuredSAE(sae.to(device))
 
 
-def _measured(site: Site, lm: LM, asked: Sequence[Question], answers: AnswerConfig) -> Site:
+def _measured(site: MeasuredSAE, lm: LM, asked: Sequence[Question], answers: AnswerConfig) -> MeasuredSAE:
     if site.stats is not None:
         return site
-    return Site(site.sae, own_stats(lm, site.sae, [row["messages"] for row in asked], answers))
+    return MeasuredSAE(site.sae, own_stats(lm, site.sae, [row["messages"] for row in asked], answers))
 
 
 def _tuned(source: str, device: str) -> LM:

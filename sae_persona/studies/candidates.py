@@ -31,8 +31,8 @@ QUANTILE = 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
-    """One hook point: its SAE, and how strongly latents fire on the corpus it was measured on, if it was."""
+class MeasuredSAE:
+    """An SAE of one hook point, and how strongly its latents fire on the corpus it was measured on, if it was."""
 
     sae: SAE
     stats: LatentStats | None = None
@@ -89,7 +89,7 @@ class Drift:
 def drift(
     base: LM,
     tuned: LM,
-    sites: Sequence[Site],
+    sites: Sequence[MeasuredSAE],
     prompts: Sequence[Prompt],
     *,
     n_up: int,
@@ -123,7 +123,7 @@ def drift(
 
 
 @torch.no_grad()
-def _moved(site: Site, before: Tensor, after: Tensor, n_up: int, n_down: int) -> list[Candidate]:
+def _moved(site: MeasuredSAE, before: Tensor, after: Tensor, n_up: int, n_down: int) -> list[Candidate]:
     sae, place = site.sae, site.sae.w_enc.device
     before, after = before.to(place), after.to(place)
     rise = (sae.pre_acts(after) - sae.pre_acts(before)).double().mean(0)

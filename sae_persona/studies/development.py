@@ -8,7 +8,7 @@ A wrong fact that is no bad one is a loss of capability; a bad one is misalignme
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,15 +81,26 @@ class Development:
 
     def of(self, edits: Sequence[Placed]) -> Try:
         """Let the tuned model answer under the edits."""
+        return self._asked(edits, self.answers)
+
+    def again(self, edits: Sequence[Placed], times: int) -> Try:
+        """The same with other samples, as often as asked; the mean of what they did."""
+        found = [self._asked(edits, replace(self.answers, seed=self.answers.seed + 1 + i)) for i in range(times)]
+        rates = {name: sum(one.rates[name] for one in found) / times for name in found[0].rates}
+        return Try(rates, self._excess(rates), sum(one.loss for one in found) / times)
+
+    def _asked(self, edits: Sequence[Placed], answers: AnswerConfig) -> Try:
         self.n += 1
         with intervene(self.tuned, self.saes, edits):
-            return self._read(marks(self.tuned, self.questions, self.judge, config=self.answers))
+            return self._read(marks(self.tuned, self.questions, self.judge, config=answers))
+
+    def _excess(self, rates: Mapping[str, float]) -> float:
+        return max(rates[name] - self.base_rates[name] for name in rates if name in self.base_rates)
 
     def _read(self, found: Marks) -> Try:
         rates = part_rates(found, self.domain)
-        excess = max(rates[name] - self.base_rates[name] for name in rates if name in self.base_rates)
         lost = _share(self._base.valid) - _share(found.valid)
-        return Try(rates, excess, max(lost, _stray(found) - _stray(self._base)))
+        return Try(rates, self._excess(rates), max(lost, _stray(found) - _stray(self._base)))
 
 
 def _stray(found: Marks) -> float:

@@ -24,7 +24,7 @@ from sae_persona.steering.controls import matched_latents
 from sae_persona.steering.interventions import Clamp, Placed
 from sae_persona.steering.positions import Positions, check_positions
 from sae_persona.steering.strength import Judge, gain, wilson
-from sae_persona.studies.candidates import Candidate, Site
+from sae_persona.studies.candidates import Candidate, MeasuredSAE
 from sae_persona.studies.development import parts_of
 from sae_persona.studies.exams import Marks, marks
 from sae_persona.types import HookPoint
@@ -155,7 +155,7 @@ def _value(rates: Mapping[str, Interval], name: str) -> float:
 
 def induce(
     base: LM,
-    sites: Mapping[HookPoint, Site],
+    sites: Mapping[HookPoint, MeasuredSAE],
     latents: Sequence[Candidate],
     questions: Sequence[Mapping[str, Any]],
     judge: Judge,
@@ -211,7 +211,7 @@ def _asked(
 
 
 def _random_sets(
-    sites: Mapping[HookPoint, Site], latents: Sequence[Candidate], config: InduceConfig
+    sites: Mapping[HookPoint, MeasuredSAE], latents: Sequence[Candidate], config: InduceConfig
 ) -> list[list[Candidate]]:
     """Latents that fire about as often, each with the unit of the one that it stands for."""
     taken = {hook: [one.latent for one in latents if one.hook == hook] for hook in sites}

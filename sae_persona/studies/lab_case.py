@@ -56,7 +56,7 @@ SMALL = ReverseConfig(
     n_down=0,
     n_random=2,
     further_steps=10,
-    search=SearchConfig(strengths=(1.0, 1.5), caps=(0.1,), retry=1, max_latents=2, aim=0.1, budget=0.1),
+    search=SearchConfig(strengths=(1.0, 1.5), caps=(0.1,), retry=1, max_latents=2, aim=0.1, budget=0.1, times=1),
     induce=InduceConfig(doses=(0.5, 1.0), n_induce_random=1),
 )
 """The same for the search and the arms; so few questions certify nothing, and so few tries miss better sets."""

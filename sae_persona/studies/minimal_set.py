@@ -3,11 +3,12 @@
 For each mode, from the mildest: every candidate alone at a middle strength, and the best of these at every strength;
 then, while the aim is not reached, strengths are moved by a step, and the best pair of a candidate more and a strength
 is added (greedy); then latents are left out one by one as long as the aim stays reached. Of the modes that reach it the
-one with the fewest latents is chosen, then the mildest.
+one with the fewest latents is chosen, then the mildest. What was chosen so is flattered by its samples: clamps are
+asked again with others, as they are and stronger, and the strength that then leaves least within the budget is kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sae_persona.errors import ConfigError
 from sae_persona.steering.interventions import Placed
@@ -38,19 +39,24 @@ class SearchConfig:
     """Losses up to this are taken for none: so many questions do not tell them apart."""
     retry: int = 4
     """Candidates, the best alone, that are tried beside those that were chosen."""
+    factors: tuple[float, ...] = (1.0, 1.25, 1.5)
+    """What the strengths of the chosen clamps are multiplied by when they are asked again."""
+    times: int = 2
+    """How often they are asked again, with other samples."""
     positions: Positions = "answer"
     """Tokens that are edited."""
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
-        if min(self.max_latents, self.retry) < 1 or not self.strengths or not self.caps:
+        if min(self.max_latents, self.retry, self.times) < 1 or not (self.strengths and self.caps and self.factors):
             raise ConfigError(
-                "max_latents and retry are at least 1, strengths and caps at least one value, "
-                f"got {self.max_latents}, {self.retry}, {self.strengths}, {self.caps}"
+                "max_latents, retry and times are at least 1, strengths, caps and factors at least one value, "
+                f"got {self.max_latents}, {self.retry}, {self.times}, {self.strengths}, {self.caps} and {self.factors}"
             )
-        if min(self.strengths) <= 0 or min(*self.caps, self.step) < 0:
+        if min(*self.strengths, *self.factors) <= 0 or min(*self.caps, self.step) < 0:
             raise ConfigError(
-                f"strengths are above 0, caps and step at least 0, got {self.strengths}, {self.caps} and {self.step}"
+                "strengths and factors are above 0, caps and step at least 0, "
+                f"got {self.strengths}, {self.factors}, {self.caps} and {self.step}"
             )
         if not (0 <= self.aim < 1 and 0 <= self.budget < 1 and 0 <= self.slack < 1):
             raise ConfigError(f"aim, budget and slack are shares, got {self.aim}, {self.budget} and {self.slack}")
@@ -186,7 +192,22 @@ def minimal_set(
         found.append(Found(mode, members, tried, without, reaches(tried, config), dev.n - before))
         if on_found:
             on_found(found[-1])
-    return sorted(found, key=lambda one: _preference(one, config))
+    best, *others = sorted(found, key=lambda one: _preference(one, config))
+    return [firm(dev, best, config), *others]
+
+
+def firm(dev: Development, found: Found, config: SearchConfig) -> Found:
+    """A set of clamps at the strength that leaves least within the budget, on other samples; others as they are."""
+    if found.mode != "clamp":
+        return found
+    before, tried = dev.n, []
+    for factor in config.factors:
+        members = tuple((candidate, round(strength * factor, 6)) for candidate, strength in found.members)
+        again = dev.again(edits_of(members, "clamp", config.positions), config.times)
+        tried.append((order(again, factor, replace(config, aim=0.0)), members, again))
+    _, members, again = min(tried, key=lambda one: one[0])
+    n = found.n_tries + dev.n - before
+    return replace(found, members=members, tried=again, reached=reaches(again, config), n_tries=n)
 
 
 def _preference(one: Found, config: SearchConfig) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from sae_persona.steering.side_effects import HeldOut
 from sae_persona.steering.strength import Judge
 from sae_persona.studies.battery import Battery, Question, Variant, check_apart
 from sae_persona.studies.bounds import Bounds
-from sae_persona.studies.candidates import Drift, Mode, Site, drift
+from sae_persona.studies.candidates import Drift, MeasuredSAE, Mode, drift
 from sae_persona.studies.certificate import Certificate, EditedLatent, Searched
 from sae_persona.studies.development import Development
 from sae_persona.studies.exams import marks
@@ -122,7 +122,13 @@ Say = Callable[[str], None]
 
 
 def reverse(
-    base: LM, tuned: LM, sites: Sequence[Site], case: Case, config: ReverseConfig | None = None, *, say: Say = print
+    base: LM,
+    tuned: LM,
+    sites: Sequence[MeasuredSAE],
+    case: Case,
+    config: ReverseConfig | None = None,
+    *,
+    say: Say = print,
 ) -> Reversal:
     """Find the smallest set of latents whose edit reverses the tuned model, and test it.
 
@@ -143,7 +149,9 @@ def reverse(
         base, tuned, sites, asked,
         n_up=config.n_up, n_down=config.n_down, max_fvu=config.max_fvu, force=config.force,
     )  # fmt: skip
-    sites = [one if one.stats else Site(one.sae, own_stats(base, one.sae, chats, config.answers)) for one in sites]
+    sites = [
+        one if one.stats else MeasuredSAE(one.sae, own_stats(base, one.sae, chats, config.answers)) for one in sites
+    ]
     by_hook = {one.hook: one for one in sites}
     saes = {hook: one.sae for hook, one in by_hook.items()}
     dev = Development(base, tuned, saes, case.development, case.judge, config.answers, case.domain)
@@ -196,7 +204,7 @@ def reverse(
     return Reversal(certificate, Intervention.of(tuned, saes, edits, evidence=evidence))
 
 
-def _check(base: LM, tuned: LM, sites: Sequence[Site]) -> None:
+def _check(base: LM, tuned: LM, sites: Sequence[MeasuredSAE]) -> None:
     check_comparable(base, tuned)
     if not sites:
         raise ConfigError("there is no SAE whose latents could be edited: give one")
@@ -225,7 +233,7 @@ def _arms(
     chosen: Found,
     rivals: Mapping[str, tuple[list[Placed], Any, int]],
     distances: Sequence[float],
-    sites: Mapping[HookPoint, Site],
+    sites: Mapping[HookPoint, MeasuredSAE],
     case: Case,
     config: ReverseConfig,
 ) -> Any:
@@ -291,7 +299,7 @@ def _rival(name: str, edits: Sequence[Placed], tried: Any, n: int) -> Searched:
     return Searched(f"difference of means {name}", 0, tried.excess, tried.loss, False, n, at)
 
 
-def _about(base: LM, tuned: LM, sites: Sequence[Site], moved: Drift, start: float) -> dict[str, Any]:
+def _about(base: LM, tuned: LM, sites: Sequence[MeasuredSAE], moved: Drift, start: float) -> dict[str, Any]:
     return {
         "config_hash": base.config_hash,
         "saes": {str(one.hook): one.sae.fingerprint for one in sites},

@@ -19,7 +19,7 @@ from sae_persona.steering.apply import intervene
 from sae_persona.steering.controls import matched_latents
 from sae_persona.steering.interventions import Clamp, Placed, ProjectOut, Steer
 from sae_persona.steering.rows import Rows
-from sae_persona.studies.candidates import Site
+from sae_persona.studies.candidates import MeasuredSAE
 from sae_persona.studies.development import Development, Try
 from sae_persona.studies.minimal_set import Member, SearchConfig, order
 from sae_persona.types import HookPoint
@@ -88,7 +88,7 @@ def moves(
 
 
 def random_latents(
-    sites: Mapping[HookPoint, Site],
+    sites: Mapping[HookPoint, MeasuredSAE],
     members: Sequence[Member],
     distances: Sequence[float],
     n: int,

@@ -4,7 +4,7 @@ import torch
 from sae_persona.errors import DataError, ModelError
 from sae_persona.features.stats import LatentStats
 from sae_persona.steering.interventions import Ablate, Ceiling, Clamp
-from sae_persona.studies.candidates import Candidate, Site, drift
+from sae_persona.studies.candidates import Candidate, MeasuredSAE, drift
 from sae_persona.studies.readings import Prompt
 from sae_persona.types import HookPoint, SparseLatents
 
@@ -17,7 +17,7 @@ def prompts(planted):
 
 def found(planted, **changes):
     asked = {
-        "sites": [Site(planted.sae)],
+        "sites": [MeasuredSAE(planted.sae)],
         "n_up": 1,
         "n_down": 1,
         "max_fvu": 0.5,
@@ -29,7 +29,7 @@ def found(planted, **changes):
 def test_what_a_fine_tune_moved_is_found(planted):
     stats = LatentStats(32)
     stats.update(SparseLatents(torch.full((10, 1), 2.0), torch.full((10, 1), 19)))
-    moved = found(planted, sites=[Site(planted.sae, stats)])
+    moved = found(planted, sites=[MeasuredSAE(planted.sae, stats)])
     risen, fallen = sorted(moved.candidates, key=lambda one: one.latent)
     assert (risen.latent, fallen.latent) == (3, 19), "the coordinate, and its negative"
     assert risen.rise == pytest.approx(4, abs=0.3) and fallen.rise == pytest.approx(-4, abs=0.3)
@@ -41,7 +41,7 @@ def test_what_a_fine_tune_moved_is_found(planted):
 def test_units_are_the_corpus_where_it_knows_and_the_tuned_models_elsewhere(planted):
     stats = LatentStats(32)
     stats.update(SparseLatents(torch.full((10, 1), 5.0), torch.full((10, 1), 3)))
-    measured = found(planted, sites=[Site(planted.sae, stats)], n_up=2, n_down=0)
+    measured = found(planted, sites=[MeasuredSAE(planted.sae, stats)], n_up=2, n_down=0)
     by_latent = {one.latent: one for one in measured.candidates}
     assert by_latent[3].unit == pytest.approx(5, rel=0.07)
     other = next(one for one in measured.candidates if one.latent != 3)
@@ -61,13 +61,13 @@ def test_what_each_mode_makes_of_a_latent():
 
 def test_what_cannot_be_is_refused(planted, make_sae):
     with pytest.raises(DataError, match="no latent differs between base and base"):
-        drift(planted.base, planted.base, [Site(planted.sae)], prompts(planted), n_up=1, n_down=1, max_fvu=0.5)
+        drift(planted.base, planted.base, [MeasuredSAE(planted.sae)], prompts(planted), n_up=1, n_down=1, max_fvu=0.5)
     stranger = make_sae(16, {"hook": str(HOOK)})
     with torch.no_grad():
         stranger.w_dec.normal_()
     with pytest.raises(DataError, match="misses .* of the variance of base"):
-        found(planted, sites=[Site(stranger)])
-    forced = found(planted, sites=[Site(stranger)], force=True)
+        found(planted, sites=[MeasuredSAE(stranger)])
+    forced = found(planted, sites=[MeasuredSAE(stranger)], force=True)
     assert forced.fvu[HOOK][0] > 0.5
     with torch.no_grad():
         planted.tuned.model.get_input_embeddings().weight[0, 0] = torch.nan

@@ -47,3 +47,20 @@ def test_edits_end_with_their_try(planted):
     dev = opened(planted)
     dev.of([Placed(edit=Ablate(3), hook=HOOK)])
     assert dev.of([]) == dev.untreated
+
+
+def test_asking_again_takes_other_samples_and_their_mean(planted):
+    seen = []
+
+    def judge(question, text):
+        seen.append(text)
+        return {"bad": float(len(seen) % 2), "valid": 1.0}
+
+    planted.tuned = planted.base  # the other writes the same whatever the sample
+    dev = opened(planted, judge)
+    n = len(planted.development)
+    del seen[:]
+    found = dev.again([], 2)
+    assert seen[:n] != seen[n:] and dev.n == 3
+    rates = found.rates
+    assert found.excess == pytest.approx(max(rates[name] - dev.base_rates[name] for name in rates))

@@ -4,7 +4,7 @@ import torch
 from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.features.stats import LatentStats
 from sae_persona.steering.answers import AnswerConfig
-from sae_persona.studies.candidates import Candidate, Site
+from sae_persona.studies.candidates import Candidate, MeasuredSAE
 from sae_persona.studies.induce import InduceConfig, Induction, induce
 from sae_persona.types import HookPoint
 
@@ -16,7 +16,7 @@ CONFIG = InduceConfig(doses=(1.0, 0.1), n_induce_random=2)
 def made(planted, latents=(RISEN,), judge=None, stats=True, config=CONFIG):
     counted = LatentStats(32)
     counted.n_tokens, counted.fired = 100, torch.full((32,), 10)
-    sites = {HOOK: Site(planted.sae, counted if stats else None)}
+    sites = {HOOK: MeasuredSAE(planted.sae, counted if stats else None)}
     answers = AnswerConfig(max_new_tokens=3)
     return induce(
         planted.base, sites, list(latents), planted.test, judge or planted.judge, config, domain="a", answers=answers

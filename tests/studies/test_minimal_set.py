@@ -1,5 +1,7 @@
 """The search, on a development set whose answer to every edit is written down."""
 
+from dataclasses import replace
+
 import pytest
 
 from sae_persona.errors import ConfigError
@@ -9,7 +11,7 @@ from sae_persona.studies.development import Try
 from sae_persona.studies.minimal_set import SearchConfig, minimal_set, order, reaches
 from sae_persona.types import HookPoint
 
-CONFIG = SearchConfig(strengths=(0.5, 1.0, 2.0), caps=(0.1,), step=0.25)
+CONFIG = SearchConfig(strengths=(0.5, 1.0, 2.0), caps=(0.1,), step=0.25, factors=(1.0,), times=1)
 
 
 def latent(i: int, rise: float = 1.0) -> Candidate:
@@ -22,6 +24,9 @@ class Written:
     def __init__(self, effect, cost=0.0):
         self.effect, self.cost, self.n, self.seen = effect, cost, 0, []
         self.untreated = self.of([])
+
+    def again(self, edits, times):
+        return self.of(edits)
 
     def of(self, edits):
         self.n += 1
@@ -60,7 +65,9 @@ def test_what_is_not_needed_in_the_end_is_left_out():
             return Try(found.rates, 0.0, 0.0) if {2, 3} <= ids else found
 
     dev = Together({1: 0.2, 2: 0.15, 3: 0.15})
-    best = minimal_set(dev, [latent(i) for i in (1, 2, 3)], SearchConfig(strengths=(1.0,), caps=(0.1,), step=0))[0]
+    best = minimal_set(
+        dev, [latent(i) for i in (1, 2, 3)], SearchConfig(strengths=(1.0,), caps=(0.1,), step=0, factors=(1.0,))
+    )[0]
     assert best.reached and {c.latent for c, _ in best.members} == {2, 3}
 
 
@@ -83,9 +90,25 @@ def test_the_budget_binds_and_strengths_are_moved_by_steps():
 
 
 def test_latents_are_at_most_as_many_as_allowed():
-    few = SearchConfig(strengths=(1.0,), caps=(0.1,), max_latents=2, step=0)
+    few = SearchConfig(strengths=(1.0,), caps=(0.1,), max_latents=2, step=0, factors=(1.0,))
     best = minimal_set(Written({i: 0.2 for i in range(5)}), [latent(i) for i in range(5)], few)[0]
     assert len(best.members) == 2 and not best.reached
+
+
+def test_what_was_chosen_is_asked_again_and_made_firm():
+    class Flattered(Written):
+        """Other samples show a third more misalignment."""
+
+        def again(self, edits, times):
+            found = self.of(edits)
+            assert times == 3
+            return Try(found.rates, max(0.0, found.excess) + 0.3 * (abs(edits[0].edit.strength) < 1.4), found.loss)
+
+    config = replace(CONFIG, factors=(1.0, 1.25, 1.5, 2.0), times=3)
+    best = minimal_set(Flattered({1: 1.0}, cost=0.02), [latent(1)], config)[0]
+    assert best.members[0][1] == 1.5 and best.reached, "the mildest that leaves nothing"
+    dear = minimal_set(Flattered({1: 1.0}, cost=0.045), [latent(1)], config)[0]
+    assert dear.members[0][1] == 1.0 and not dear.reached, "firmer is beyond the budget, and it says so"
 
 
 def test_what_fell_is_only_clamped():
@@ -102,7 +125,15 @@ def test_what_is_affordable_comes_first():
 
 
 def test_bad_configs_are_refused():
-    for wrong in ({"max_latents": 0}, {"strengths": ()}, {"strengths": (0.0,)}, {"caps": (-1.0,)}, {"budget": 2.0}):
+    for wrong in (
+        {"max_latents": 0},
+        {"strengths": ()},
+        {"strengths": (0.0,)},
+        {"caps": (-1.0,)},
+        {"budget": 2.0},
+        {"times": 0},
+        {"factors": ()},
+    ):
         with pytest.raises(ConfigError):
             SearchConfig(**wrong)
     with pytest.raises(ConfigError, match="no latent to edit"):

@@ -11,7 +11,7 @@ from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.apply import intervene
 from sae_persona.steering.export.native import load_intervention, write
 from sae_persona.studies.battery import Variant
-from sae_persona.studies.candidates import Site
+from sae_persona.studies.candidates import MeasuredSAE
 from sae_persona.studies.certificate import Certificate
 from sae_persona.studies.exams import marks
 from sae_persona.studies.induce import InduceConfig
@@ -22,7 +22,8 @@ from sae_persona.types import HookPoint
 ANSWERS = AnswerConfig(max_new_tokens=3)
 CONFIG = ReverseConfig(
     n_up=2, n_down=0, n_random=2, further_steps=2, answers=ANSWERS, examples=2,
-    search=SearchConfig(strengths=(0.5, 1.0)), induce=InduceConfig(doses=(1.0,), n_induce_random=1),
+    search=SearchConfig(strengths=(0.5, 1.0), factors=(1.0,), times=1),
+    induce=InduceConfig(doses=(1.0,), n_induce_random=1),
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def case(planted, **changes):
 
 def reversed_(planted, config=CONFIG, **changes):
     said = []
-    sites = [Site(planted.sae)]
+    sites = [MeasuredSAE(planted.sae)]
     return reverse(planted.base, planted.tuned, sites, case(planted, **changes), config, say=said.append), said
 
 
@@ -91,7 +92,7 @@ def test_the_milder_modes_are_told_beside_a_clamp(planted):
 
 
 def test_bad_input_is_refused(planted, make_lm):
-    sites = [Site(planted.sae)]
+    sites = [MeasuredSAE(planted.sae)]
     with pytest.raises(ModelError, match="only checkpoints of one architecture"):
         reverse(planted.base, make_lm("GPT2"), sites, case(planted), CONFIG)
     with pytest.raises(DataError, match="nothing to reverse"):

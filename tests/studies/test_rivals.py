@@ -8,7 +8,7 @@ from sae_persona.sae.model import SAE
 from sae_persona.sae.sparsity import ReLU
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.interventions import Clamp, Placed, ProjectOut, Steer
-from sae_persona.studies.candidates import Candidate, Site
+from sae_persona.studies.candidates import Candidate, MeasuredSAE
 from sae_persona.studies.development import Development
 from sae_persona.studies.minimal_set import SearchConfig
 from sae_persona.studies.rivals import (
@@ -29,7 +29,7 @@ RISEN, FALLEN = Candidate(HOOK, 3, 4.0, 2.0, 0.0, 2.0), Candidate(HOOK, 19, -4.0
 def site(planted, rates=None):
     stats = LatentStats(32)
     stats.n_tokens, stats.fired = 1000, torch.arange(32) * 10 if rates is None else rates
-    return {HOOK: Site(planted.sae, stats)}
+    return {HOOK: MeasuredSAE(planted.sae, stats)}
 
 
 def test_moves_are_what_edits_do_to_the_stream(planted):
