@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from sae_persona.report.numbers import number, p_value, points, with_interval
+from sae_persona.attribution.association import Interval
+from sae_persona.report.numbers import DASH, number, p_value, points
 from sae_persona.report.svg import Axis, Box, Drawing
 from sae_persona.runs import write_text
 from sae_persona.studies.coupling import Coupling, Effects
@@ -25,7 +26,7 @@ _STYLE = """
 .heat .up { fill: var(--latent); } .heat .down { fill: var(--dense); } .heat .own { fill: none; stroke: var(--ink); }
 .heat .sure { font-weight: 650; } .heat .unsure { fill: var(--muted); }
 .heat-scroll { overflow-x: auto; } .heat-scroll svg { min-width: 620px; max-width: 900px; }
-.mark.dense { fill: var(--dense); } table.by { margin-top: 1rem; }
+.mark.dense { fill: var(--dense); } table.by { margin-top: 1rem; } figure.by { margin: 1.5rem 0 0; max-width: 460px; }
 """
 
 
@@ -97,14 +98,19 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
+def _two(interval: Interval) -> Markup:
+    value, low, high = (DASH if math.isnan(part) else f"{part:+.2f}".replace("-", "−") for part in interval)
+    return Markup('<span class="v">{}</span> <span class="ci">[{}, {}]</span>').format(value, low, high)
+
+
 def _table(found: Sequence[Foretold]) -> Markup:
     rows = Markup("").join(
         Markup("<tr{}><th>{}</th><td class=n>{}</td><td class=n>{}</td><td class=n>{}</td></tr>").format(
             Markup(" class=chosen") if one.by == COLUMN else "",
             one.by,
-            with_interval(one.spearman, "number"),
+            _two(one.spearman),
             "" if math.isnan(one.p) else p_value(one.p),
-            with_interval(one.r2, "number"),
+            _two(one.r2),
         )
         for one in found
     )
@@ -116,6 +122,7 @@ def _table(found: Sequence[Foretold]) -> Markup:
 
 def _section(coupling: Coupling, at: int) -> Markup:
     effects, found = coupling.effects[at], coupling.foretold[at]
+    said = coupling.verdict(at).partition(": ")[2]
     single = [one for one in found if not math.isnan(one.p)]
     best = max(single, key=lambda one: one.r2.value if math.isfinite(one.r2.value) else -math.inf, default=None)
     chart = "" if best is None else scatter(coupling, at, best.by)
@@ -126,11 +133,11 @@ def _section(coupling: Coupling, at: int) -> Markup:
         f"The costliest changes valid answers by {points(lost)} points."
     )
     return Markup(
-        "<section><h2>{}</h2><p class=verdict>{}.</p>{}<p class=note>{}</p><div class=pair><div>{}</div><figure>{}"
-        "<figcaption>{}</figcaption></figure></div></section>"
+        "<section><h2>{}</h2><p class=verdict>{}.</p>{}<p class=note>{}</p>{}<figure class=by>{}"
+        "<figcaption>{}</figcaption></figure></section>"
     ).format(
         _WORDS.get(effects.how, effects.how),
-        coupling.verdict(at).partition(": ")[2].capitalize(),
+        said[:1].upper() + said[1:],
         heat_map(effects),
         note,
         _table(found),

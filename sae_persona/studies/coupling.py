@@ -64,15 +64,17 @@ class Coupling:
     foretold: tuple[tuple[Foretold, ...], ...]
     """One list for each of ``effects``."""
 
-    def is_foretold(self, at: int = 0) -> bool:
-        """A single measure correlates beyond chance (Mantel, 5 % over all measures), and foretells out of sample."""
+    def best(self, at: int = 0) -> Foretold | None:
+        """The single measure that foretells best out of sample, of those that go with the coupling beyond chance: by
+        Mantel's p, at 5 % over all measures. None if there is none."""
         single = [one for one in self.foretold[at] if not math.isnan(one.p)]
-        return any(one.p * len(single) <= 0.05 and one.r2.value > 0 for one in single)
+        sure = [one for one in single if one.p * len(single) <= 0.05]
+        return max(sure, key=lambda one: one.r2.value, default=None)
 
-    def beats_column(self, at: int = 0) -> bool:
-        """A single measure foretells better than the mean of j's column."""
-        column = next(one for one in self.foretold[at] if one.by == COLUMN)
-        return any(one.r2.value > column.r2.value for one in self.foretold[at] if not math.isnan(one.p))
+    def is_foretold(self, at: int = 0) -> bool:
+        """A single measure goes with the coupling beyond chance, and is better than nothing out of sample."""
+        best = self.best(at)
+        return best is not None and best.r2.value > 0
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "kind": KIND, **to_json(self)}
@@ -104,9 +106,14 @@ class Coupling:
 
     def verdict(self, at: int = 0) -> str:
         """In one line."""
-        told = "is foretold" if self.is_foretold(at) else "is not foretold beyond chance"
-        more = "some single measure beats" if self.beats_column(at) else "no single measure beats"
-        return f"{self.effects[at].how}: coupling {told} by a single measure; {more} the mean of j's column"
+        best, how = self.best(at), self.effects[at].how
+        if best is None:
+            return f"{how}: coupling goes with no single measure beyond chance"
+        column = next(one for one in self.foretold[at] if one.by == COLUMN)
+        return (
+            f"{how}: coupling goes with {best.by} beyond chance (Spearman {best.spearman.value:+.2f}, p {best.p:.2g}); "
+            f"out of sample R2 {shown(best.r2, 2, '+')}, of the mean of j's column {column.r2.value:+.2f}"
+        )
 
 
 def steered_effects(

@@ -67,7 +67,7 @@ def test_traits_are_steered_and_trained(found, tmp_path):
     found.save(tmp_path / "c.json")
     read = Coupling.load(tmp_path / "c.json")
     assert read.to_json() == found.to_json() and str(read) == str(found)
-    assert "what is moved" in str(found) and "the mean of j's column" in found.verdict(1)
+    assert "what is moved" in str(found) and found.verdict(1).startswith("fine-tune: coupling goes with")
 
 
 def test_measures_are_of_the_runs_latents(found, run):

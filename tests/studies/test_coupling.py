@@ -63,10 +63,10 @@ def coupling(p, r2, column):
 def test_the_verdict_counts_all_measures():
     assert coupling(0.02, 0.3, 0.5).is_foretold() and not coupling(0.04, 0.3, 0.5).is_foretold()
     assert not coupling(0.02, -0.1, 0.5).is_foretold()
-    assert coupling(0.02, 0.6, 0.5).beats_column() and not coupling(0.02, 0.3, 0.5).beats_column()
-    assert coupling(0.04, 0.3, 0.5).verdict() == (
-        "clamp: coupling is not foretold beyond chance by a single measure; "
-        "no single measure beats the mean of j's column"
+    assert coupling(0.04, 0.3, 0.5).verdict() == "clamp: coupling goes with no single measure beyond chance"
+    assert coupling(0.02, 0.3, 0.5).verdict() == (
+        "clamp: coupling goes with cosine of means beyond chance (Spearman +0.50, p 0.02); "
+        "out of sample R2 +0.30 [+0.20, +0.40], of the mean of j's column +0.50"
     )
 
 
