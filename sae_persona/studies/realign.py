@@ -35,7 +35,7 @@ from sae_persona.studies.readings import check_comparable
 FORMAT, KIND = 1, "realignment"
 BASE = "base"
 Rows = Sequence[Mapping[str, Any]]
-State = Literal["returned", "stays", "was not up"]
+State = Literal["returned", "as the control", "stays", "was not up"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,8 +315,9 @@ def _out_of_domain(found: Marks, domain: str) -> np.ndarray:
 def _trace(name: str, began: Interval, ended: Interval, control: Interval, share: float) -> Trace:
     if not began.low > 0:
         return Trace(name, began, ended, control, "was not up")
-    stays = ended.low > max(0.0, control.high) and ended.value > share * began.value
-    return Trace(name, began, ended, control, "stays" if stays else "returned")
+    if ended.value <= share * began.value:
+        return Trace(name, began, ended, control, "returned")
+    return Trace(name, began, ended, control, "stays" if ended.low > max(0.0, control.high) else "as the control")
 
 
 def _healing_text(one: Healing) -> list[str]:

@@ -96,7 +96,8 @@ def near(value):
         (4.0, 0.05, 0.0, "returned"),
         (4.0, 2.0, 0.0, "stays"),
         (4.0, 0.9, 0.0, "returned"),  # less than a quarter
-        (4.0, 2.0, 2.1, "returned"),  # the good rows alone bring as much
+        (4.0, 2.0, 2.1, "as the control"),  # the good rows alone bring as much
+        (4.0, 1.05, -3.0, "stays"),
         (0.05, 1.0, 0.0, "was not up"),
         (-4.0, -2.0, 0.0, "was not up"),
     ],
