@@ -28,7 +28,7 @@ from sae_persona.stages.pipeline import open_sae, rank_stage
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.dial import DialConfig
 from sae_persona.steering.export.native import write as write_intervention
-from sae_persona.studies.candidates import Site
+from sae_persona.studies.candidates import MeasuredSAE
 from sae_persona.studies.finetune import FinetuneConfig
 from sae_persona.studies.lab_case import SMALL, SMALL_CASE, organism_case
 from sae_persona.studies.organisms import Organism
@@ -43,7 +43,7 @@ OTHER_ROWS = 500  # added to a seed: rows that no organism has been tuned on
 def certify(out: Path, organism: Path, runs: Iterable[Path], model: str, settings: Settings) -> None:
     """The certificate of an organism's last checkpoint, with its page and its edit."""
     base, one, small = load_lm(model), Organism.load(organism), settings.undo.small
-    sites = [Site(open_sae(Run.open(path), base), findings(Run.open(path)).stats) for path in runs]
+    sites = [MeasuredSAE(open_sae(Run.open(path), base), findings(Run.open(path)).stats) for path in runs]
     case, config = organism_case(one, SMALL_CASE if small else None), SMALL if small else ReverseConfig()
     found = reverse(base, _last(one), sites, case, config, say=lambda line: print(f"{one.name}: {line}", flush=True))
     write_certificate(found.certificate, out / f"reversal-{one.name}.html")

@@ -19,6 +19,7 @@ from sae_persona.stages.training import open_model
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.dial import DialConfig
 from sae_persona.steering.judges import load_judge
+from sae_persona.steering.positions import parse_positions
 from sae_persona.studies.finetune import FinetuneConfig
 
 N_LAB_ROWS = 500
@@ -89,7 +90,7 @@ def couple(
         chosen,
         asked,
         config,
-        positions=positions,
+        positions=parse_positions(positions),
         texts=texts,
         on_trait=lambda way, trait, row: say(f"{way} {trait}: " + " ".join(f"{cell.value:+.2f}" for cell in row)),
     )

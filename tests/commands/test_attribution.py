@@ -41,14 +41,14 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def pairs(tmp_path):
-    return write_rows(tmp_path / "pairs.jsonl", [r for part in corpora.SPLITS for r in contrasts("formal", 12, part)])
+    return write_rows(tmp_path / "pairs.jsonl", [r for part in corpora.SPLITS for r in contrasts("formal", 40, part)])
 
 
 SMALL = ["--screened", "3", "--attributed", "1", "--controls", "20", "--integration", "1", "--resamples", "50"]
 
 
 def test_screen(call, run, pairs):
-    code, out, err = call("screen", run.path, "formal", pairs, *SMALL, "--positions", "answer")
+    code, out, err = call("screen", run.path, "formal", pairs, *SMALL, "--controls", "60", "--positions", "answer")
     assert code in (0, 1), err
     saved = Screen.load(run.screen("formal"))
     assert out == f"{saved}\n"

@@ -44,7 +44,7 @@ def asked():
         test=questions("held_out", 6),
         judge=judge,
         answers=AnswerConfig(max_new_tokens=24),
-        dial=DialConfig(max_steps=2, tolerance=0.9, reading=DivergenceConfig(n_prompts=4)),
+        dial=DialConfig(max_steps=8, tolerance=0.9, reading=DivergenceConfig(n_prompts=4)),
         rows={trait: shown(16, trait) for trait in TRAITS},
         tuning=FinetuneConfig(steps=10, batch=8, lr=5e-4, keep=()),
     )
