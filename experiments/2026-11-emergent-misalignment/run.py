@@ -156,17 +156,19 @@ def undo_jobs(at: Place, seed: int) -> list[Job]:
     ]
     first = at.organisms / f"narrow-{settings.organisms.domains[0]}-full-s{seed}"
     watched = at.sae(seed, at.watched)
-    rest = [
-        Job(f"prevent, seed {seed}", out / "prevent.json", guard, (out, first, watched, at.model, settings)),
-        Job(f"realign, seed {seed}", out / "realign.json", heal, (out, first, at.model, settings)),
-        Job(f"coupling, seed {seed}", out / "coupling.json", couple, (out, watched, at.model, settings)),
-    ]
-    certificates = [
-        Job(f"reversal of {one.name}", path, certify, (out, one.path, runs, at.model, settings))
-        for one in made
-        for path in [out / f"reversal-{one.name}.json"]
-    ]
-    return [*rest, *certificates]
+    jobs = {
+        "reversals": [
+            Job(f"reversal of {one.name}", path, certify, (out, one.path, runs, at.model, settings))
+            for one in made
+            for path in [out / f"reversal-{one.name}.json"]
+        ],
+        "prevent": [
+            Job(f"prevent, seed {seed}", out / "prevent.json", guard, (out, first, watched, at.model, settings))
+        ],
+        "realign": [Job(f"realign, seed {seed}", out / "realign.json", heal, (out, first, at.model, settings))],
+        "coupling": [Job(f"coupling, seed {seed}", out / "coupling.json", couple, (out, watched, at.model, settings))],
+    }
+    return [job for study in settings.undo.studies for job in jobs[study]]
 
 
 def run(out: Path, settings: Settings, parts: Sequence[str], processes: int, lm_seeds: Sequence[int]) -> None:

@@ -36,6 +36,8 @@ class Undo:
 
     families: tuple[str, ...] = ("narrow",)
     """Those of the organisms tuned in full that are reversed."""
+    studies: tuple[str, ...] = ("reversals", "prevent", "realign", "coupling")
+    """What is made."""
     small: bool = False
     """With few questions and tries."""
 
