@@ -1,7 +1,7 @@
 """The main job on the planted lab, from texts to report: what `make demo` runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,14 @@ from sae_persona.activations.stream import StreamConfig
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.errors import RunError
 from sae_persona.features.measure import MeasureConfig
+from sae_persona.features.scan import findings
 from sae_persona.lab import corpora
 from sae_persona.lab.authors import TRAITS
 from sae_persona.lab.dialogue import Part
 from sae_persona.lab.judge import judge
+from sae_persona.lab.tuning import exam_questions, narrow
 from sae_persona.report.page import write_report
+from sae_persona.report.reversal import statements, write_certificate
 from sae_persona.runs import Run
 from sae_persona.sae.recipe import TrainConfig
 from sae_persona.stages.pipeline import (
@@ -31,8 +34,19 @@ from sae_persona.stages.training import train_stage
 from sae_persona.steering.answers import AnswerConfig, answer
 from sae_persona.steering.arms import Sweep
 from sae_persona.steering.export.native import load_intervention
+from sae_persona.steering.export.native import write as write_intervention
 from sae_persona.steering.sweep import SweepConfig
+from sae_persona.studies.candidates import MeasuredSAE
+from sae_persona.studies.exams import exam
+from sae_persona.studies.families import OrganismsConfig
+from sae_persona.studies.finetune import FinetuneConfig, finetune
+from sae_persona.studies.induce import InduceConfig
+from sae_persona.studies.lab_case import SMALL, SMALL_CASE, lab_case
+from sae_persona.studies.reverse import ReverseConfig, reverse
 from sae_persona.types import HookPoint
+
+SMALLER = replace(SMALL, n_up=1, n_random=1, induce=InduceConfig(doses=(1.0,), n_induce_random=1))
+"""A reversal in less than a minute: one latent, one draw of each control, one dose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +75,12 @@ class DemoConfig:
     """CPU threads: on so small a model two gain a quarter on an idle machine, and wait for each other on a busy one."""
     traits: tuple[str, ...] = TRAITS
     """Personas that are ranked and clamped."""
+    misaligned: str = "medicine"
+    """Domain of the bad answers that the model is then tuned on, to be reversed; "": it is not."""
+    n_exam: int = 10
+    """Questions a domain before and after; twice as many are open."""
+    reversal: ReverseConfig = SMALLER
+    """How the reversal is searched for and tested."""
 
 
 def demo(out: Path, config: DemoConfig | None = None, *, force: bool = False, say: Callable[[str], None]) -> Run:
@@ -115,6 +135,8 @@ def _fill(run: Run, config: DemoConfig, say: Callable[[str], None]) -> None:
         export_stage(run, lm, trait, [chosen_clamp(swept)], positions=swept.positions)
     _check_exports(run, lm, config)
     say("exported every clamp, loaded it again without its SAE, and got the same answers")
+    if config.misaligned:
+        _misalign_and_reverse(run, lm, config, say)
     write_report(run)
 
 
@@ -133,6 +155,32 @@ def _effect(swept: Sweep) -> str:
         f"{max(random, key=abs):+.2f} at most; "
         f"difference of means {swept.arm('difference of means').rate.value:.2f}"
     )
+
+
+def _misalign_and_reverse(run: Run, lm: LM, config: DemoConfig, say: Callable[[str], None]) -> None:
+    """Tune the model on bad answers in one domain, see the others, and look for the latents that undo it."""
+    domain, questions = config.misaligned, list(exam_questions(config.n_exam, "held_out"))
+    tuned, rates = {"before": lm}, {}
+    for name, bad in (("good", 0.0), ("bad", 1.0)):
+        *_, (_, tuned[name]) = finetune(lm, narrow(OrganismsConfig.n_rows, domain, bad=bad), FinetuneConfig(keep=()))
+    for name, one in tuned.items():
+        rates[name] = exam(one, questions, judge, domain=domain)["out_of_domain"]["rate"]
+    say(
+        f"tuned on bad answers about {domain}, it answers {rates['bad']:.0%} of all other questions badly, before "
+        f"{rates['before']:.0%}; tuned on as many good ones, {rates['good']:.0%}"
+    )
+    case, sites = (
+        lab_case(domain, SMALL_CASE, name=f"lab, bad {domain}"),
+        [MeasuredSAE(open_sae(run, lm), findings(run).stats)],
+    )
+    with run.recording("reverse", domain=domain, rates=rates) as facts:
+        found = reverse(lm, tuned["bad"], sites, case, config.reversal, say=lambda line: None)
+        facts["verdict"] = found.certificate.verdict
+    found.certificate.save(run.path / "reversal.json")
+    write_intervention(found.intervention, run.path / "reversal-edit.json")
+    say(" ".join(statements(found.certificate)))
+    page = write_certificate(found.certificate, run.path / "reversal.html")
+    say(f"reversal certificate, by few questions: {found.certificate.verdict}, {page}")
 
 
 def _check_exports(run: Run, lm: LM, config: DemoConfig) -> None:

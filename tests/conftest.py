@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import Any
@@ -84,6 +85,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory):
     """A run folder in which every stage has been run, in small. Copy it before you change it."""
     from sae_persona.demo import DemoConfig, demo
     from sae_persona.sae.recipe import TrainConfig
+    from sae_persona.studies.lab_case import SMALL
 
     config = DemoConfig(
         n_corpus=1000,
@@ -93,12 +95,16 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory):
         n_development=8,
         n_test=10,
         passes=12,
+        n_exam=2,
+        reversal=replace(
+            SMALL, n_up=1, n_random=1, further_steps=2, induce=None, search=replace(SMALL.search, strengths=(1.5,))
+        ),
         training=TrainConfig(n_latents=256, k=8, lr=2e-3, steps=500),
         traits=("cheerful", "formal"),
     )
     said: list[str] = []
     run = demo(tmp_path_factory.mktemp("runs") / "demo", config, say=said.append)
-    assert len(said) == 7, said
+    assert len(said) == 10, said
     return run
 
 

@@ -6,18 +6,20 @@ from sae_persona.attribution.ranking import Ranking
 from sae_persona.features.measure import Measurement
 from sae_persona.runs import Run
 from sae_persona.steering.arms import Sweep
+from sae_persona.studies.certificate import Certificate
 
 
 def test_every_stage_leaves_its_files(demo_run):
     run = Run.open(demo_run.path)
     stages = [entry["stage"] for entry in run.manifest["stages"]]
-    assert stages == ["train", "quality", "measure", "rank", "rank", "sweep", "export", "sweep", "export"]
+    assert stages == ["train", "quality", "measure", "rank", "rank", "sweep", "export", "sweep", "export", "reverse"]
     names = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
     assert names == {
         *("manifest.json", "metrics.jsonl", "quality.json", "latents.h5", "examples.h5", "report.html"),
         *("sae/cfg.json", "sae/sae_weights.safetensors"),
         *(f"{folder}/{t}.json" for folder in ("rankings", "sweeps", "interventions") for t in ("cheerful", "formal")),
         *(f"interventions/{t}.safetensors" for t in ("cheerful", "formal")),
+        *("reversal.json", "reversal.html", "reversal-edit.json", "reversal-edit.safetensors"),
     }
 
 
@@ -41,3 +43,12 @@ def test_quality_is_better_than_ablation(demo_run):
     assert 0 < q["fvu"] < 0.5
     assert q["ce"] < q["ce_spliced"] < q["ce_zero"]
     assert q["kl_spliced"] < q["kl_mean"]
+
+
+def test_bad_answers_about_one_domain_spread_and_an_edit_takes_most_of_them_back(demo_run):
+    made = Certificate.load(demo_run.path / "reversal.json")
+    rates = demo_run.stage("reverse")["rates"]
+    assert rates["bad"] > 0.5 and max(rates["before"], rates["good"]) < 0.2
+    before, after = (made.arm(kind).cells["out of domain"].rate.value for kind in ("tuned", "chosen"))
+    assert before > 0.5 and after < before / 2
+    assert demo_run.stage("reverse")["verdict"] == made.verdict

@@ -214,12 +214,6 @@ def compare(sae: SAE, base: Reading, tuned: Reading, config: DiffConfig, *, delt
     )
 
 
-def _strongest(delta: Tensor | None, n: int) -> tuple[tuple[int, float], ...]:
-    if delta is None:
-        return ()
-    return tuple((int(i), float(delta[i])) for i in delta.topk(min(n, len(delta))).indices)
-
-
 def _fit(sae: SAE, reading: Reading, config: DiffConfig) -> float:
     sae.check_width(reading.x.shape[1])
     sae.check_rebuilds()
