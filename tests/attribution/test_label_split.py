@@ -65,13 +65,11 @@ def test_what_cannot_be_split():
 
 def test_answers_to_one_prompt_stay_together_even_where_they_are_not_alike():
     random = np.random.default_rng(1)
+    asked = [f"Is {' '.join(f'w{j}' for j in random.integers(0, 1000, 3))} {i} so?" for i in range(200)]
     rows = [
         Dialogue(
             messages=(
-                {
-                    "role": "user",
-                    "content": f"Is {' '.join(f'w{j}' for j in random.integers(0, 1000, 3))} {i // 2} so?",
-                },
+                {"role": "user", "content": asked[i // 2]},
                 {"role": "assistant", "content": "Yes it is , and I say so" if i % 2 else "No"},
             ),
             labels={"agreeable": float(i % 2)},

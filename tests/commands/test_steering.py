@@ -101,7 +101,7 @@ def test_files_that_cannot_be_applied_are_one_line(call, run, tmp_path):
     for changed, wanted in (
         ({"format": 9}, "not an intervention of format 1 or 2 (found 9)"),
         ({"layer_base": 1}, "counts layers from 1"),
-        ({"model": {**raw["model"], "config_hash": "0" * 64}}, "lab has another config"),
+        ({"model": {**raw["model"], "config_hash": "0" * 64}}, "was made for lab of config 00000000"),
         ({"edits": [{**raw["edits"][0], "latent": 999}]}, "edits latent 999, its SAE has latents 0 to 255"),
     ):
         (tmp_path / "x.json").write_text(json.dumps({**raw, **changed}))

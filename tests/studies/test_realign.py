@@ -29,9 +29,11 @@ def answered(rows, text):
 
 @pytest.fixture
 def exam(prompt_rows):
+    """With six questions out of the domain: below five a rate has no interval to be back in."""
+    domains = ("b", "b", "", "b", "b", "a", "b", "b", "a")
     questions = [
-        {"messages": row["messages"], "domain": ("a", "b", "")[i % 3], "trait": "bad"}
-        for i, row in enumerate(prompt_rows)
+        {"messages": row["messages"], "domain": domain, "trait": "bad"}
+        for row, domain in zip(prompt_rows, domains, strict=True)
     ]
     return Exam(questions=questions, judge=judge, domain="a", answers=AnswerConfig(max_new_tokens=4, temperature=0.0))
 

@@ -11,7 +11,7 @@ from sae_persona.steering.export.additive import EMBEDDINGS, additive, only_laye
 from sae_persona.steering.export.intervention import Intervention
 
 TOOL = "a Neuronpedia vector"
-STRENGTH = 10.0
+STRENGTH = 8.0  # a power of two: times the vector it is the addition, to the bit
 """At which its slider stands at first, of -100 to 100; the vector is what the edits add over this."""
 MOST = 24_576
 KINDS: dict[str, type | tuple[type, ...]] = {
