@@ -1,6 +1,7 @@
 # make demo: install and run the main job.  make test: install and run the tests.  make lint: format, lint, types.
 PYTHON ?= python3
 BIN = .venv/bin
+HALF = tests/sae tests/sae_kernels tests/steering tests/studies
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint clean
@@ -11,9 +12,9 @@ demo: .venv/installed
 test: export OMP_NUM_THREADS = 1
 test: .venv/tested
 	# two halves side by side, a core each
-	$(BIN)/python -m pytest tests/sae tests/sae_kernels > .venv/sae-tests.log 2>&1 & sae=$$!; \
-	$(BIN)/python -m pytest --ignore tests/sae --ignore tests/sae_kernels; rest=$$?; \
-	wait $$sae; sae=$$?; cat .venv/sae-tests.log; test $$rest -eq 0 -a $$sae -eq 0
+	$(BIN)/python -m pytest $(HALF) > .venv/half.log 2>&1 & half=$$!; \
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(HALF)); rest=$$?; \
+	wait $$half; half=$$?; cat .venv/half.log; test $$rest -eq 0 -a $$half -eq 0
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

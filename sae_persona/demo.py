@@ -51,7 +51,7 @@ SMALLER = replace(SMALL, n_up=1, n_random=1, induce=InduceConfig(doses=(1.0,), n
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo; the defaults take two to three minutes on two CPU cores."""
+    """Sizes of the demo; the defaults take some minutes on two CPU cores."""
 
     hook: HookPoint = HookPoint(3)
     """Where the SAE reads."""
