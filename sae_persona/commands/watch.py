@@ -249,9 +249,9 @@ def _signed(latents: Sequence[str]) -> dict[int, int]:
 
 def _refitted(sae: SAE, lm: LM, tuned: Sequence[Snapshot], folder: Path, texts: Path, config: RefitConfig) -> SAE:
     trained: dict[str, Any] = {} if is_sae(folder) else Run.open(folder).stage("train")["streaming"]
-    size = min(StreamConfig.context_size, lm.n_positions or StreamConfig.context_size)
-    read: dict[str, Any] = {name: trained[name] for name in ("context_size", "tokens") if name in trained}
-    streaming = StreamConfig(**({"context_size": size} | read))
+    read: dict[str, Any] = {"context_size": min(StreamConfig.context_size, lm.n_positions or StreamConfig.context_size)}
+    read |= {name: trained[name] for name in ("context_size", "tokens") if name in trained}
+    streaming = StreamConfig(**read)
     models = [Snapshot(name=lm.name, model=lm), *tuned]
     batches = drifted_batches(models, sae.hook, texts, streaming, config.refit_steps, device=str(lm.device))
     made = train_on(sae, batches, config)
