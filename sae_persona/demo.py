@@ -169,17 +169,15 @@ def _misalign_and_reverse(run: Run, lm: LM, config: DemoConfig, say: Callable[[s
         f"tuned on bad answers about {domain}, it answers {rates['bad']:.0%} of all other questions badly, before "
         f"{rates['before']:.0%}; tuned on as many good ones, {rates['good']:.0%}"
     )
-    case, sites = (
-        lab_case(domain, SMALL_CASE, name=f"lab, bad {domain}"),
-        [MeasuredSAE(open_sae(run, lm), findings(run).stats)],
-    )
+    case = lab_case(domain, SMALL_CASE, name=f"lab, bad {domain}")
+    measured = [MeasuredSAE(open_sae(run, lm), findings(run).stats)]
     with run.recording("reverse", domain=domain, rates=rates) as facts:
-        found = reverse(lm, tuned["bad"], sites, case, config.reversal, say=lambda line: None)
+        found = reverse(lm, tuned["bad"], measured, case, config.reversal, say=lambda line: None)
         facts["verdict"] = found.certificate.verdict
-    found.certificate.save(run.path / "reversal.json")
-    write_intervention(found.intervention, run.path / "reversal-edit.json")
+        found.certificate.save(run.path / "reversal.json")
+        write_intervention(found.intervention, run.path / "reversal-edit.json")
+        page = write_certificate(found.certificate, run.path / "reversal.html")
     say(" ".join(statements(found.certificate)))
-    page = write_certificate(found.certificate, run.path / "reversal.html")
     say(f"reversal certificate, by few questions: {found.certificate.verdict}, {page}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,6 +107,22 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory):
     run = demo(tmp_path_factory.mktemp("runs") / "demo", config, say=said.append)
     assert len(said) == 10, said
     return run
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit status, stdout, stderr."""
+    from sae_persona import cli
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+            sys.exit(0)
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return called
 
 
 # ---- language models

@@ -8,7 +8,6 @@ from random import Random
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.lab import corpora
 from sae_persona.runs import Run
 
@@ -21,21 +20,6 @@ COMMANDS += ["strength", "compose", "reverse", "induce"]
 def run(demo_run, tmp_path):
     """A copy of the small run, to be changed at will."""
     return Run(shutil.copytree(demo_run.path, tmp_path / "run"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sae_persona.activations.texts import READERS
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.commands.flags import with_flags, words
-from sae_persona.commands.options import AsJson, Device, DryRun, RunPath, Texts, Where, say, show_result
-from sae_persona.errors import ConfigError, DataError, RunError
+from sae_persona.commands.options import AsJson, Device, DryRun, RunPath, Texts, Where, rows_of, say, show_result
+from sae_persona.errors import ConfigError, RunError
 from sae_persona.report.coupling import write_coupling
 from sae_persona.runs import Run
 from sae_persona.stages.coupling import CoupleConfig, Couples, couple_stage
@@ -122,7 +121,5 @@ def _rows(given: list[str], traits: list[str]) -> dict[str, list[dict[str, Any]]
         trait, sign, path = text.partition("=")
         if not sign or trait not in traits:
             raise ConfigError(f"rows are given as TRAIT=FILE for one of {', '.join(traits)}, or as lab, got {text!r}")
-        if not path.endswith(".jsonl") or not Path(path).is_file():
-            raise DataError(f"rows are read from a .jsonl file, there is none at {path}")
-        found[trait] = [row for _, row in READERS[".jsonl"](Path(path))]
+        found[trait] = rows_of(Path(path))
     return found

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sae_persona.activations.texts import READERS
+from sae_persona.errors import DataError
+
 Texts = (
     "a .txt (a text a line), .jsonl, .parquet or .csv file, a folder of such, a data set on disk, "
     "hub:ORG/NAME[:SPLIT], evals:PATH[:answers] or axis:PATH"
@@ -30,6 +33,16 @@ Edits = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file. DataError if it is none, or empty."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise DataError(f"rows are read from a .jsonl file, there is none at {path}")
+    rows = [row for _, row in READERS[".jsonl"](path)]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} has no rows, or a line that is no object: give rows with messages")
+    return rows  # pyright: ignore[reportReturnType]
 
 
 def say(text: str) -> None:

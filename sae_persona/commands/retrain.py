@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from sae_persona.activations.lm import load_lm
-from sae_persona.activations.texts import READERS
 from sae_persona.commands.flags import with_flags
-from sae_persona.commands.options import AsJson, Device, DryRun, say, show_result
-from sae_persona.errors import ConfigError, DataError
+from sae_persona.commands.options import AsJson, Device, DryRun, rows_of, say, show_result
+from sae_persona.errors import ConfigError
 from sae_persona.stages.pairing import open_dictionary_of
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.judges import load_judge
@@ -73,7 +72,7 @@ def prevent(
         domain=domain or "",
         answers=answers,
     )
-    bad, read = _rows(rows), Panel.load(panel)
+    bad, read = rows_of(rows), Panel.load(panel)
     if dry_run:
         n = _n_arms(config, read)
         tunes = f"{n} fine-tunes of {tuning.steps} steps of {tuning.batch} rows, each examined with "
@@ -118,7 +117,7 @@ def realign(
 
     Exit status 1 if behaviour is back after none of the healings.
     """
-    sources, again, read = _sources(good), _rows(bad), Panel.load(panel)
+    sources, again, read = _sources(good), rows_of(bad), Panel.load(panel)
     found_domain = _most(again) if domain is None else domain
     exam = Exam(
         questions=_questions(questions, "held_out"), judge=load_judge(judge), domain=found_domain, answers=answers
@@ -161,7 +160,7 @@ def _seen(name: str, point: Point) -> None:
 
 def _questions(source: str, part: Any) -> list[dict[str, Any]]:
     if source != "lab":
-        return _rows(Path(source))
+        return rows_of(Path(source))
     from sae_persona.lab.tuning import exam_questions  # here, so that others need no lab
 
     return list(exam_questions(N_LAB, part))
@@ -169,7 +168,7 @@ def _questions(source: str, part: Any) -> list[dict[str, Any]]:
 
 def _held_out(source: str) -> list[dict[str, Any]]:
     if source != "lab":
-        return _rows(Path(source))
+        return rows_of(Path(source))
     from sae_persona.lab.corpora import labelled  # here, so that others need no lab
 
     return list(labelled(100, "held_out"))
@@ -181,18 +180,8 @@ def _sources(given: list[str]) -> dict[str, list[dict[str, Any]]]:
         name, sign, path = text.partition("=")
         if not (name and sign and path) or name in found:
             raise ConfigError(f"good rows are given as SOURCE=FILE, each source once, got {text!r}")
-        found[name] = _rows(Path(path))
+        found[name] = rows_of(Path(path))
     return found
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file. DataError if it is none, or empty."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise DataError(f"rows are read from a .jsonl file, there is none at {path}")
-    rows = [row for _, row in READERS[".jsonl"](path)]
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} has no rows, or a line that is no object: give rows with messages")
-    return rows  # pyright: ignore[reportReturnType]
 
 
 def _most(rows: list[dict[str, Any]]) -> str:

@@ -128,7 +128,8 @@ def couple_stage(
 
 def fired(lm: LM, sae: SAE, hook: HookPoint, texts: Source, batches: int) -> sparse.csr_matrix:
     """Latents on the tokens of texts, [tokens, n_latents]: of so many batches of texts at most."""
-    size = min(128, lm.n_positions or 128)
+    most = MeasureConfig.context_size
+    size = min(most, lm.n_positions or most)
     read = activations(lm, hook, texts, MeasureConfig(context_size=size))
     parts = [to_csr(sae.encode(x.to(sae.w_enc.device)), sae.n_latents) for x in islice(read, batches)]
     return sparse.csr_matrix(sparse.vstack(parts))

@@ -365,18 +365,20 @@ def edits_of(run: Run, texts: Sequence[str]) -> list[LatentEdit]:
     units = stats.p999.tolist()
     edits = [parse_edit(_numbered(run, text), units) for text in texts]
     for edit in edits:
-        value, most = (
-            getattr(edit, "value", 0.0),
-            float(stats.maximum[edit.latent]) if 0 <= edit.latent < len(units) else 0.0,
-        )
-        if value > FAR * most > 0:
-            warnings.warn(
-                f"{edit.name} of latent {edit.latent} to {value:.3g} is {value / most:.0f} times the most that it ever "
-                f"reached ({most:.3g}): lower the strength",
-                FarBeyond,
-                stacklevel=2,
-            )
+        if 0 <= edit.latent < len(units):  # others are refused where they are applied
+            _warn_if_far(edit, float(stats.maximum[edit.latent]))
     return edits
+
+
+def _warn_if_far(edit: LatentEdit, most: float) -> None:
+    value = getattr(edit, "value", 0.0)
+    if value > FAR * most > 0:
+        warnings.warn(
+            f"{edit.name} of latent {edit.latent} to {value:.3g} is {value / most:.0f} times the most that it ever "
+            f"reached ({most:.3g}): lower the strength",
+            FarBeyond,
+            stacklevel=3,
+        )
 
 
 def _numbered(run: Run, text: str) -> str:

@@ -51,17 +51,17 @@ def same_question(text: str) -> str:
     return " ".join(str(text).split()).casefold()
 
 
-def check_apart(development: Sequence[str], test: Sequence[str]) -> None:
+def check_apart(questions: Sequence[str], others: Sequence[str], *, test: str = "test") -> None:
     """DataError where a question is in both parts, whatever its case, its spaces and what was said before it.
 
-    development, test   the last user's message of each chat, as `Questions.texts`
+    questions, others   the last user's message of each chat, as `Questions.texts`: development's, and those of ``test``
     """
-    taken = {same_question(text) for text in development}
-    if shared := [same_question(text) for text in test if same_question(text) in taken]:
+    taken = {same_question(text) for text in questions}
+    if shared := [same_question(text) for text in others if same_question(text) in taken]:
         n = len(set(shared))
         first = f"{shared[0][:57]}..." if len(shared[0]) > 60 else shared[0]
         raise DataError(
-            f"{n} question{'s are' if n > 1 else ' is'} in the development and the test set, the first "
+            f"{n} question{'s are' if n > 1 else ' is'} in the development and the {test} set, the first "
             f'"{first}": take {"them" if n > 1 else "it"} out of one'
         )
 

@@ -22,6 +22,7 @@ from sae_persona.errors import ConfigError, DataError
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.apply import intervene
+from sae_persona.steering.bench import check_apart as no_shared_question
 from sae_persona.steering.interventions import Placed
 from sae_persona.steering.side_effects import HeldOut
 from sae_persona.steering.strength import Judge, gain, wilson
@@ -53,13 +54,9 @@ def check_apart(development: Sequence[Question], variants: Sequence[Variant]) ->
     for one in variants:
         if not one.questions:
             raise ConfigError(f"the variant {one.name!r} has no questions: give some, or leave it out")
-    seen = {_asked(row) for row in development}
+    seen = [_asked(row) for row in development]
     for one in variants:
-        if shared := seen & {_asked(row) for row in one.questions}:
-            raise DataError(
-                f"{len(shared)} questions of {one.name!r} are in the development set, the first {min(shared)!r}: "
-                "what edits are chosen on cannot test them"
-            )
+        no_shared_question(seen, [_asked(row) for row in one.questions], test=repr(one.name))
 
 
 def _asked(row: Question) -> str:

@@ -31,6 +31,7 @@ from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.runs import read_json, write_json
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import AnswerConfig
+from sae_persona.steering.bench import check_apart
 from sae_persona.steering.strength import Judge, gain
 from sae_persona.studies.exams import Marks, marks
 from sae_persona.studies.finetune import IGNORED, During, FinetuneConfig, answered, finetune, mean_loss
@@ -100,9 +101,7 @@ class Asked:
 
     def check(self) -> None:
         """DataError for a question in both parts, or no dialogues."""
-        first, second = ({str(row.get("messages")) for row in part} for part in (self.development, self.test))
-        if both := first & second:
-            raise DataError(f"{len(both)} questions choose the strength and test it, too: give other ones to test")
+        check_apart(*([row["messages"][-1]["content"] for row in part] for part in (self.development, self.test)))
         if not self.held_out:
             raise DataError("cross entropy needs held-out dialogues, got none")
 

@@ -9,7 +9,7 @@ difference of means with a search of its own, and a prompt. Further training tra
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from sae_persona.studies.finetune import FinetuneConfig, finetune
 from sae_persona.studies.induce import InduceConfig, induce
 from sae_persona.studies.minimal_set import Found, SearchConfig, edits_of, minimal_set
 from sae_persona.studies.readings import Prompt, check_comparable
-from sae_persona.studies.reversal_arms import BAD, GOOD
+from sae_persona.studies.reversal_arms import BAD, GOOD, Arm
 from sae_persona.studies.rivals import dense_rivals, moves, own_stats, random_directions, random_latents, wrong_sign
 from sae_persona.types import HookPoint
 
@@ -236,7 +236,7 @@ def _arms(
     sites: Mapping[HookPoint, MeasuredSAE],
     case: Case,
     config: ReverseConfig,
-) -> Any:
+) -> Iterator[Arm]:
     """Every arm, one after the other."""
     search, seed = config.search, config.answers.seed
     yield battery.base

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.attribution.screens import Screen
 from sae_persona.lab import corpora
@@ -17,21 +15,6 @@ from sae_persona.runs import Run, write_json
 @pytest.fixture
 def run(demo_run, tmp_path):
     return Run(shutil.copytree(demo_run.path, tmp_path / "run"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 def write_rows(path, rows):

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.attribution.rank import RankConfig
 from sae_persona.lab.corpora import question_rows
 from sae_persona.runs import Run
@@ -14,21 +12,6 @@ from sae_persona.stages.pipeline import rank_all_stage
 from sae_persona.studies.coupling import Coupling
 
 TRAITS = ("cheerful", "deceptive", "formal", "sarcastic", "toxic")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 @pytest.fixture(scope="module")

@@ -2,31 +2,14 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.features.scan import Scan
 from sae_persona.lab import corpora
 from sae_persona.runs import Run
 
 SMALL = ["--contexts", "2", "--sampled", "4", "--cofiring-tokens", "500", "--limit-tokens", "3k"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 @pytest.fixture

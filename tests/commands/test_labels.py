@@ -1,25 +1,8 @@
 import json
-import sys
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.activations.texts import read_texts
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 @pytest.fixture

@@ -1,25 +1,4 @@
 import json
-import sys
-
-import pytest
-
-from sae_persona import cli
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
-
 
 SMALL = ["--families", "base,trigger", "--steps", 1, "--keep", 0, "--n-rows", 8, "--n-exam", 1]
 

@@ -2,12 +2,10 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
 
-from sae_persona import cli
 from sae_persona.activations.lm import wrap_lm
 from sae_persona.sae.formats import hook_metadata, load_sae, save_sae
 from sae_persona.sae.model import SAE
@@ -19,21 +17,6 @@ from sae_persona.studies.realign import Realignment
 from sae_persona.types import HookPoint
 
 TEXTS = ("what do you want", "who are you", "tell me", "why not", "how is it", "say more", "and then", "go on")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 def write_model(lm, folder):
@@ -123,7 +106,7 @@ def test_realign(call, place):
     [
         ([*PREVENT[:4], "no.jsonl"], "there is none at no.jsonl"),
         ([*PREVENT, "--steer", "0"], "finite and above 0"),
-        ([*PREVENT[:-2], "--test", "development.jsonl"], "questions choose the strength and test it, too"),
+        ([*PREVENT[:-2], "--test", "development.jsonl"], "in the development and the test set"),
         ([*PREVENT, "--judge", "none.json"], "no word list at none.json"),
         ([*REALIGN, "--good", "good.jsonl"], "good rows are given as SOURCE=FILE"),
         ([*REALIGN, "--n-good", "9"], "same has 8 rows, the config takes 9"),

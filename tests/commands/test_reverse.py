@@ -2,12 +2,10 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
 
-from sae_persona import cli
 from sae_persona.activations.lm import wrap_lm
 from sae_persona.sae.formats import hook_metadata, save_sae
 from sae_persona.sae.model import SAE
@@ -17,21 +15,6 @@ from sae_persona.studies.induce import Induction
 from sae_persona.types import HookPoint
 
 WORDS = ("what do you want", "who are you", "tell me", "why not", "how is it", "say more", "and then", "go on")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 def write_jsonl(path, rows):
@@ -133,7 +116,7 @@ def test_mistakes_are_one_line_before_anything_is_written(call, place):
     for arguments, message in (
         (half, "give --development FILE and --test NAME=FILE, or --lab"),
         ([*half, *dev, "--test", "test.jsonl"], "--test NAME=FILE, each name once, got 'test.jsonl'"),
-        ([*half, *dev, "--test", "out of domain=dev.jsonl"], "are in the development set"),
+        ([*half, *dev, "--test", "out of domain=dev.jsonl"], "in the development and the 'out of domain' set"),
         ([*half, *dev, *test, "--save-edit", "edit.txt"], "an intervention file ends in .json"),
         ([*half, *dev, *test, "--small"], "give --lab, too"),
         ([*half, *dev, "--lab"], "--lab brings its own questions"),

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.lab import corpora
 from sae_persona.runs import Run
 from sae_persona.stages.pipeline import FarBeyond, edits_of
@@ -14,21 +12,6 @@ from sae_persona.steering.export.formats import FORMATS
 from sae_persona.steering.export.native import load_intervention
 
 ASK = ("lab", "what do you want ?", "--n", "2", "--max-new-tokens", "6")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
 
-from sae_persona import cli
 from sae_persona.activations.lm import wrap_lm
 from sae_persona.sae.formats import hook_metadata, save_sae
 from sae_persona.sae.model import SAE
@@ -18,21 +16,6 @@ from sae_persona.studies.predict import Prediction
 from sae_persona.studies.rows import RowScreen
 from sae_persona.studies.track import Track
 from sae_persona.types import HookPoint
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 def moved(lm, by, latent=3):

@@ -2,11 +2,9 @@
 
 import json
 import re
-import sys
 
 import pytest
 
-from sae_persona import cli
 from sae_persona.activations.lm import load_lm
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.features.descriptions import Descriptions
@@ -15,19 +13,6 @@ from sae_persona.lab import corpora
 from sae_persona.runs import write_json
 from sae_persona.stages import describing
 from sae_persona.stages.pipeline import measure_stage
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sae-persona", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return called
 
 
 def proper(text):

@@ -87,7 +87,7 @@ def test_development_and_test_are_apart(planted):
         }
     ]
     with pytest.raises(
-        DataError, match="1 questions of 'cued' are in the development set, the first 'what do you want'"
+        DataError, match="1 question is in the development and the 'cued' set, the first \"what do you want\""
     ):
         check_apart(planted.development, [core, Variant(name="cued", questions=cued)])
     with pytest.raises(ConfigError, match="'empty' has no questions"):

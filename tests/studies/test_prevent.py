@@ -141,7 +141,7 @@ def test_cross_entropy_is_by_dialogue(base, prompt_rows):
 
 def test_bad_input_is_refused_before_training(base, sae, prompt_rows, panel, asked, tmp_path):
     rows = answered(prompt_rows, "zz")
-    with pytest.raises(DataError, match="9 questions choose the strength and test it, too"):
+    with pytest.raises(DataError, match="9 questions are in the development and the test set"):
         prevent(base, rows, panel, sae, replace(asked, test=asked.development))
     with pytest.raises(DataError, match="needs held-out dialogues"):
         prevent(base, rows, panel, sae, replace(asked, held_out=[]))

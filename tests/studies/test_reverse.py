@@ -101,7 +101,7 @@ def test_bad_input_is_refused(planted, make_lm):
         reverse(planted.base, planted.tuned, [], case(planted), CONFIG)
     with pytest.raises(ConfigError, match="two SAEs of layers.0"):
         reverse(planted.base, planted.tuned, sites * 2, case(planted), CONFIG)
-    with pytest.raises(DataError, match="in the development set"):
+    with pytest.raises(DataError, match="in the development and the"):
         case(planted, variants=[Variant(name="x", questions=planted.development, core=True)])
     with pytest.raises(ConfigError, match="no variant asks for the misalignment itself"):
         case(planted, variants=[Variant(name="x", questions=planted.test)])
