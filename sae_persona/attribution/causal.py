@@ -111,7 +111,8 @@ def screen(
     interval Student's t over questions; p is Holm's over the candidates that were tested. Of fewer than MIN_QUESTIONS
     both are over pairs, which say nothing about other questions: there is no verdict then. Where no latent has an
     effect, t at 5 % rejects 5 % of 40,000 normal samples of 5 to 20 questions, 3.6 to 4.3 % of Student's with 3 degrees
-    of freedom, but 11 to 8 % of exponential ones (`experiments/2026-11-causal-screen/level.py`): an effect that few questions carry can pass.
+    of freedom, but 11 to 8 % of exponential ones: an effect that few questions carry can pass
+    (`experiments/2026-11-causal-screen/level.py`).
 
     Random latents are those nearest in firing rate and size; which they are depends on the candidates, and not on how
     many latents the ranking keeps. A candidate is compared with those that fire within half and twice as often as it
