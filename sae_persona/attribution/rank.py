@@ -23,6 +23,10 @@ from sae_persona.features.stats import LatentStats
 
 By = Literal["rank", "activation"]
 
+_PLACES = 6
+"""Statistics are ordered by as many decimals: the last bits of a sum depend on how many personas are ranked beside it,
+and latents that are tied must not change places for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankConfig:
@@ -181,7 +185,7 @@ class _Group:
     def _ranking(self, i: int, null: Null, alone: np.ndarray, held_out_auroc: np.ndarray) -> Ranking:
         config, labelled = self.config, self.labelled[i]
         direction = np.where(null.z < 0, -1.0, 1.0)
-        order = np.argsort(-np.abs(null.z), kind="stable")
+        order = np.argsort(-np.abs(null.z).round(_PLACES), kind="stable")
         oriented = np.where(direction > 0, held_out_auroc, 1 - held_out_auroc)
         dense = self.pooled.dense["pre" if config.pool == "pre" else "mean"]
         train, held_out = labelled.train, labelled.held_out
