@@ -70,8 +70,8 @@ def _panel(lm: LM, sae: SAE, prompts: Sequence[Prompt], bad: Sequence[Organism],
         return Reading(one.name, found.keys, found.x)
 
     before = read_prompted(lm, sae.hook, prompts)
-    readings = [[read(one) for one in part] for part in (bad, benign)]
-    return choose_panel(sae, sae.hook, prompts, before, *readings, about=made_of(lm))
+    tuned, good = ([read(one) for one in part] for part in (bad, benign))
+    return choose_panel(sae, sae.hook, prompts, before, tuned, good, about=made_of(lm))
 
 
 def _alarms(out: Path, scored: Track) -> None:
