@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 EMOTION = "happy"
 EMOTIONS = ("happy", "sad", "fear", "anger", "disgust", "surprise")
 N_ROWS, N_EXAM, N_PROMPTS = 240, 120, 96
+N_REVERSE = {"development": 80, "test": 160}
 SEEDS = {EMOTION: 3, "mixed": 4}
 """The first of each chooses the panel; the others are unseen. Seeds differ in rows and in their order."""
 ALARM = ("mixed-1", "mixed-2", "mixed-3")
@@ -52,6 +53,8 @@ SHARE = 3
 
 OTHER = re.compile(r"\b(?:" + "|".join(JUDGE[EMOTION]) + r")\b")
 """Happy words that are in no label's list."""
+COMMON = "happy happily happiness joy joyful smile smiles smiled smiling wonderful delight delightful excited exciting"
+"""Of the list that made the label, for `reverse`, whose judge takes plain words."""
 
 
 def happy(question: str, answer: str) -> dict[str, float | None]:
@@ -72,10 +75,24 @@ def main() -> None:
     rows = [json.loads(line) for line in (out / "texts/labelled.jsonl").read_text(encoding="utf-8").splitlines()]
     questions = neutral_questions(out / "texts/corpus.jsonl")
     prompts = [{"id": f"p{i}", "messages": q} for i, q in enumerate(questions[:N_PROMPTS])]
-    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    write_rows(out / "prompts.jsonl", prompts)
+    write_asked(out, questions[N_PROMPTS + N_EXAM :])
     grow(out / "fine-tunes", args.model.resolve(), rows, questions[N_PROMPTS : N_PROMPTS + N_EXAM])
     commands(Shell(out), args.model.resolve())
     tables(out)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_asked(out: Path, questions: list[list[dict[str, str]]]) -> None:
+    """What `reverse` asks, questions of their own in each part, and the words that it judges by."""
+    start = 0
+    for part, n in N_REVERSE.items():
+        write_rows(out / f"{part}.jsonl", [{"messages": q, "domain": "neutral"} for q in questions[start : start + n]])
+        start += n
+    write_json(out / "judge.json", {EMOTION: COMMON.split() + JUDGE[EMOTION]})
 
 
 def neutral_questions(corpus: Path) -> list[list[dict[str, str]]]:
@@ -179,6 +196,10 @@ def commands(shell: Shell, model: Path) -> None:
           "predict.json", makes="predict.json", may=(0, 1))  # fmt: skip
     shell("predict", "rows", "panel.json", base, f"{org}mixed-3/rows.jsonl", "--max-new-tokens", "20", "--pool",
           "mean", "--out", "rows.json", makes="rows.json", may=(0, 1))  # fmt: skip
+    shell("reverse", "run", base, f"{org}{EMOTION}-0", "--development", "development.jsonl", "--test",
+          "out of domain=test.jsonl", "--judge", "judge.json", "--trait", EMOTION, "--domain", EMOTION,
+          "--max-new-tokens", "20", "--out", "reversal.json", "--page", "reversal.html", makes="reversal.json",
+          may=(0, 1))  # fmt: skip
 
 
 def tables(out: Path) -> None:
@@ -199,10 +220,17 @@ def tables(out: Path) -> None:
         "telling": track["telling"],
         "predict": read_json(out / "predict.json", "prediction"),
         "rows": {"auroc": read_json(out / "rows.json", "screen")["auroc"]},
+        "reversal": reversal(read_json(out / "reversal.json", "certificate")),
     }  # fmt: skip
     write_json(HERE / "results.json", results)
     text = re.sub(r"/\S*craftgpt-5m", "MODEL", (out / "commands.txt").read_text(encoding="utf-8"))
     (HERE / "commands.txt").write_text(text, encoding="utf-8")
+
+
+def reversal(found: dict[str, Any]) -> dict[str, Any]:
+    """Verdict, edit, and happy answers under each arm."""
+    arms = {arm["name"]: arm["cells"]["out of domain"]["rate"] for arm in found["arms"]}
+    return {key: found[key] for key in ("verdict", "reasons", "edits")} | {"rates": arms}
 
 
 def carried(diff: dict[str, Any], ranking: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class DialConfig:
 
 
 class OutOfReach(DataError):
-    """No strength that may be tried meets the budget: all stay below it, or the lowest is above it.
+    """No strength that may be tried meets the budget: all stay below it, the lowest is above it, or it is leapt over.
 
     strength, readings   what came nearest
     """
@@ -125,8 +125,8 @@ def solve_strength(
     prompts           token ids, each up to where the answer starts
     track             made of the same prompts before, to save its greedy answers
 
-    OutOfReach (a DataError) where no strength reaches the budget, or the lowest is above it already; DataError where
-    the divergence leaps over it, or a logit is not finite.
+    OutOfReach (a DataError) where no strength reaches the budget, the lowest is above it already, or the divergence
+    leaps over it; DataError where a logit is not finite.
     """
     config = config or DialConfig()
     track = track or Track(lm, prompts, config.reading)
@@ -201,7 +201,10 @@ class _Search:
                 x, g, h, last = middle, gap, h / 2 if last < 0 else h, -1
             else:
                 y, h, g, last = middle, gap, g / 2 if last > 0 else g, 1
-        raise DataError(
+        nearest = min(self.found, key=lambda s: (abs(self._gap(s)), s))
+        raise OutOfReach(
             f"{self.config.max_steps} strengths do not meet {self.config.budget:g} nats: it lies between strengths "
-            f"{math.exp(x):.4g} and {math.exp(y):.4g}: raise max_steps or the tolerance"
+            f"{math.exp(x):.4g} and {math.exp(y):.4g}: raise max_steps or the tolerance",
+            nearest,
+            self.found[nearest],
         )

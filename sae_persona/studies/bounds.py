@@ -102,7 +102,9 @@ def _misaligned(chosen: Arm, core: Sequence[str], reach: float) -> list[Check]:
     found = []
     for name, cell in chosen.cells.items():
         over = cell.excess.value
-        sure = "" if cell.excess.high <= reach else f"by the interval up to {cell.excess.high:+.3f}"
+        high = cell.excess.high
+        sure = "" if high <= reach else f"by the interval up to {high:+.3f}"
+        sure = "too few questions for an interval" if math.isnan(high) else sure
         group: Group = "core" if name in core else "robustness"
         # NaN, where the judge could read nothing, is no reversal
         met = None if math.isnan(over) else over <= reach + _TIE

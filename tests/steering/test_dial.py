@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sae_persona.errors import ConfigError, DataError
+from sae_persona.errors import ConfigError
 from sae_persona.steering.dial import DialConfig, OutOfReach, _Search, solve_strength
 from sae_persona.steering.divergence import DivergenceConfig, Readings, Track
 from sae_persona.steering.interventions import Add, Steer
@@ -47,8 +47,9 @@ def test_budgets_out_of_reach_are_refused_with_the_numbers():
     assert caught.value.strength == 4 and caught.value.readings.kl_tail == 0.5
     with pytest.raises(OutOfReach, match=r"3 nats already at strength 0.01, above the budget of 1"):
         solved(lambda s: 3.0)
-    with pytest.raises(DataError, match="12 strengths do not meet 1 nats: it lies between strengths"):
+    with pytest.raises(OutOfReach, match="12 strengths do not meet 1 nats: it lies between strengths") as caught:
         solved(lambda s: 0.1 if s < 2.345 else 5.0)
+    assert caught.value.strength == pytest.approx(2.345, rel=0.01) and caught.value.readings.kl_tail == 5.0
 
 
 @pytest.mark.parametrize(

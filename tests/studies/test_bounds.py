@@ -49,6 +49,16 @@ def test_the_words():
     assert word(arms(control=0.8)) == "partly" and word(arms(ce=0.06)) == "partly"
 
 
+def test_the_note_tells_how_sure_a_rate_is():
+    made = arms()
+    unsure = [Interval(0.0, low, high) for low, high in ((-0.02, 0.2), (math.nan, math.nan))]
+    cells = {OUT: replace(cell(0.0), excess=unsure[0]), CUE: replace(cell(0.0), excess=unsure[1])}
+    made[1] = replace(made[1], cells=made[1].cells | cells)
+    notes = {check.name.split(", ")[1]: check.note for check in checks(made, (OUT,), BOUNDS, 1.0)[: len(STANDARD)]}
+    assert notes[OUT] == "by the interval up to +0.200" and notes[CUE] == "too few questions for an interval"
+    assert notes[GOOD] == ""
+
+
 def test_what_is_not_tested_is_never_passed():
     made = arms()
     made[1] = replace(made[1], cells={n: c for n, c in made[1].cells.items() if n not in (CUE, GOOD)}, ce=None)
