@@ -145,9 +145,9 @@ def _controls(arms: Sequence[Arm], core: Sequence[str], bound: float) -> list[Ch
                 found.append(Check("controls", f"{kind} lower it, {name}", math.nan, bound, None))
                 continue
             mean = sum(lowered) / len(lowered)
-            healed = sum(arm.cells[name].aligned_gain.value for arm in drawn) / len(drawn)
-            note = f"valid and aligned {healed:+.3f}"
-            if len(lowered) > 1:
-                note = f"mean of {len(lowered)} draws, the most {max(lowered):+.3f}; {note}"
-            found.append(Check("controls", f"{kind} lower it, {name}", mean, bound, mean < bound, note))
+            note = [f"mean of {len(lowered)} draws, the most {max(lowered):+.3f}"] if len(lowered) > 1 else []
+            if not any(math.isnan(arm.cells[name].valid.value) for arm in drawn):  # a judge need not tell what is valid
+                healed = sum(arm.cells[name].aligned_gain.value for arm in drawn) / len(drawn)
+                note.append(f"valid and aligned {healed:+.3f}")
+            found.append(Check("controls", f"{kind} lower it, {name}", mean, bound, mean < bound, "; ".join(note)))
     return found
