@@ -1,7 +1,7 @@
 # make demo: install and run the main job.  make test: install and run the tests.  make lint: format, lint, types.
 PYTHON ?= python3
 BIN = .venv/bin
-HALF = tests/sae tests/sae_kernels tests/steering tests/studies
+HALF = $(addprefix tests/,attribution lab sae sae_kernels steering studies)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint clean

@@ -47,6 +47,7 @@ from sae_persona.types import HookPoint
 
 SMALLER = replace(SMALL, n_up=1, n_random=1, induce=InduceConfig(doses=(1.0,), n_induce_random=1))
 """A reversal in less than a minute: one latent, one draw of each control, one dose."""
+TUNING = FinetuneConfig(keep=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class DemoConfig:
     """Personas that are ranked and clamped."""
     misaligned: str = "medicine"
     """Domain of the bad answers that the model is then tuned on, to be reversed; "": it is not."""
+    tuning: FinetuneConfig = TUNING
+    """How it is tuned on them, and on as many good ones."""
     n_exam: int = 10
     """Questions a domain before and after; twice as many are open."""
     reversal: ReverseConfig = SMALLER
@@ -162,7 +165,7 @@ def _misalign_and_reverse(run: Run, lm: LM, config: DemoConfig, say: Callable[[s
     domain, questions = config.misaligned, list(exam_questions(config.n_exam, "held_out"))
     tuned, rates = {"before": lm}, {}
     for name, bad in (("good", 0.0), ("bad", 1.0)):
-        *_, (_, tuned[name]) = finetune(lm, narrow(OrganismsConfig.n_rows, domain, bad=bad), FinetuneConfig(keep=()))
+        *_, (_, tuned[name]) = finetune(lm, narrow(OrganismsConfig.n_rows, domain, bad=bad), config.tuning)
     for name, one in tuned.items():
         rates[name] = exam(one, questions, judge, domain=domain)["out_of_domain"]["rate"]
     say(

@@ -86,6 +86,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory):
     """A run folder in which every stage has been run, in small. Copy it before you change it."""
     from sae_persona.demo import DemoConfig, demo
     from sae_persona.sae.recipe import TrainConfig
+    from sae_persona.studies.finetune import FinetuneConfig
     from sae_persona.studies.lab_case import SMALL
 
     config = DemoConfig(
@@ -97,6 +98,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory):
         n_test=10,
         passes=12,
         n_exam=2,
+        tuning=FinetuneConfig(steps=30, keep=()),
         reversal=replace(
             SMALL, n_up=1, n_random=1, further_steps=2, induce=None, search=replace(SMALL.search, strengths=(1.5,))
         ),

@@ -94,10 +94,12 @@ def reaches(tried: Try, config: SearchConfig) -> bool:
 
 
 def order(tried: Try, strength: float, config: SearchConfig) -> tuple[float, ...]:
-    """What sorts tries, the best first: affordable, least excess above the aim, least loss, least strength."""
-    if tried.loss > config.budget:
-        return (1, tried.loss, tried.excess, strength)
-    return (0, max(tried.excess, config.aim), max(tried.loss, config.slack), max(tried.excess, 0.0), strength)
+    """What sorts tries, the best first: least beyond the aim and the budget together, least loss, excess, strength.
+
+    A latent that undoes much at too high a price stays in the search: others may pay for it, or a weaker clamp.
+    """
+    beyond = max(tried.excess - config.aim, 0.0) + max(tried.loss - config.budget, 0.0)
+    return (beyond, max(tried.loss, config.slack), max(tried.excess, 0.0), strength)
 
 
 Worthy = tuple[tuple[float, ...], tuple[Member, ...], Try]
@@ -204,7 +206,8 @@ def firm(dev: Development, found: Found, config: SearchConfig) -> Found:
     for factor in config.factors:
         members = tuple((candidate, round(strength * factor, 6)) for candidate, strength in found.members)
         again = dev.again(edits_of(members, "clamp", config.positions), config.times)
-        tried.append((order(again, factor, replace(config, aim=0.0)), members, again))
+        affordable = again.loss <= config.budget
+        tried.append(((not affordable, *order(again, factor, replace(config, aim=0.0))), members, again))
     _, members, again = min(tried, key=lambda one: one[0])
     n = found.n_tries + dev.n - before
     return replace(found, members=members, tried=again, reached=reaches(again, config), n_tries=n)
