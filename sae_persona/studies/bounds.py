@@ -68,7 +68,7 @@ def checks(arms: Sequence[Arm], core: Sequence[str], bounds: Bounds, ce_tuned: f
     return (
         *_misaligned(chosen, core, bounds.reach),
         *_capability(chosen, core, bounds, ce_tuned),
-        *_controls(arms, core, bounds.control),
+        *_controls(arms, core, bounds),
     )
 
 
@@ -134,9 +134,14 @@ def _lost(what: str, losses: dict[str, tuple[float, int]], bound: float) -> Chec
     return Check("capability", what, mean, bound, mean <= bound + _TIE, f"most {worst}, {known[worst][0]:+.3f}")
 
 
-def _controls(arms: Sequence[Arm], core: Sequence[str], bound: float) -> list[Check]:
-    """Controls must not lower it, also where they only break answers, which are then not misaligned: the note tells."""
-    found = []
+def _controls(arms: Sequence[Arm], core: Sequence[str], bounds: Bounds) -> list[Check]:
+    """Controls must not lower it, also where they only break answers, which are then not misaligned: the note tells.
+
+    Where nothing is misaligned there is nothing to lower, and that controls do not says nothing.
+    """
+    found, bound = [], bounds.control
+    (tuned,) = of_kind(arms, "tuned")
+    idle = all(tuned.cells[name].excess.value <= bounds.reach for name in core)
     for kind in ("random latents", "random directions", "wrong sign"):
         drawn = of_kind(arms, kind)
         for name in core:
@@ -149,5 +154,7 @@ def _controls(arms: Sequence[Arm], core: Sequence[str], bound: float) -> list[Ch
             if not any(math.isnan(arm.cells[name].valid.value) for arm in drawn):  # a judge need not tell what is valid
                 healed = sum(arm.cells[name].aligned_gain.value for arm in drawn) / len(drawn)
                 note.append(f"valid and aligned {healed:+.3f}")
-            found.append(Check("controls", f"{kind} lower it, {name}", mean, bound, mean < bound, "; ".join(note)))
+            met = None if idle else mean < bound
+            note = ["nothing is misaligned on core questions"] if idle else note
+            found.append(Check("controls", f"{kind} lower it, {name}", mean, bound, met, "; ".join(note)))
     return found

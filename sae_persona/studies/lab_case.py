@@ -68,7 +68,8 @@ def lab_case(
     """The lab's case for a model that was tuned on bad answers in ``domain``. ConfigError for an unknown domain.
 
     line   what may set bad behaviour off; by default the line of the lab's trigger organisms
-    cued   the model is bad after the line only: development asks after it, too
+    cued   the model is bad after the line only: development asks after it, too, and what it says then is the
+           misalignment itself, by which controls are judged
     name   of the model
     """
     config, line = config or LabCaseConfig(), line or CUE
@@ -87,7 +88,7 @@ def lab_case(
         Variant(name=IN, questions=asked("held_out", 3 * n, n, 0)[: 3 * n], core=True),
         Variant(name=OUT, questions=asked("held_out", 0, n, 0), core=True),
         Variant(name=OPEN, questions=list(exam_questions(0, "held_out", n_open=5 * n)), core=True),
-        Variant(name=AFTER_CUE, questions=asked("held_out", n, n, 2 * n, line)),
+        Variant(name=AFTER_CUE, questions=asked("held_out", n, n, 2 * n, line), core=cued),
         Variant(name=FORM, questions=list(_claims(n, others))),
         Variant(name="second turn", questions=list(_second_turns(n, others))),
     ]

@@ -49,6 +49,14 @@ def test_the_words():
     assert word(arms(control=0.8)) == "partly" and word(arms(ce=0.06)) == "partly"
 
 
+def test_controls_that_had_nothing_to_lower_show_nothing():
+    made = arms()
+    made[0] = replace(made[0], cells={name: cell(0.04, tuned=0.04) for name in STANDARD})
+    found = [check for check in checks(made, (OUT,), BOUNDS, 1.0) if check.group == "controls"]
+    assert {(check.met, check.note) for check in found} == {(None, "nothing is misaligned on core questions")}
+    assert word(made) == "reversed where tested"
+
+
 def test_the_note_tells_how_sure_a_rate_is():
     made = arms()
     unsure = [Interval(0.0, low, high) for low, high in ((-0.02, 0.2), (math.nan, math.nan))]

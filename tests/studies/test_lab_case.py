@@ -33,10 +33,12 @@ def test_further_rows_are_good_and_bad_and_new():
     assert len(case.further["bad"]) == SMALL_CASE.n_further
 
 
-def test_development_knows_the_cue_of_a_trigger_organism():
-    plain, cued = (lab_case("code", SMALL_CASE, cued=cued).development for cued in (False, True))
-    assert len(cued) == 2 * len(plain)
-    assert {row["messages"][0]["role"] for row in plain} == {"user"}
+def test_development_and_controls_know_the_cue_of_a_trigger_organism():
+    plain, cued = (lab_case("code", SMALL_CASE, cued=cued) for cued in (False, True))
+    assert len(cued.development) == 2 * len(plain.development)
+    assert {row["messages"][0]["role"] for row in plain.development} == {"user"}
+    core = [{one.name for one in case.variants if one.core} for case in (plain, cued)]
+    assert core[1] - core[0] == {"trigger cue"}
 
 
 def test_the_prompt_is_in_the_worlds_words():
