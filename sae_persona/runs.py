@@ -38,7 +38,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from sae_persona.errors import FormatError, RunError
+from sae_persona.errors import FormatError, RunError, SaePersonaError
 
 FORMAT = 1
 PACKAGES = ("sae-persona", "torch", "transformers", "triton", "numpy")
@@ -125,6 +125,17 @@ def read_json(path: Path, what: str) -> Any:
         raise FormatError(f"no {what} at {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers and nests without end
         raise FormatError(f"{path} is not a {what}: {error}") from error
+
+
+@contextmanager
+def whole(path: str | Path, what: str) -> Iterator[None]:
+    """Inside, a part of a file that is missing, or of another kind, is a FormatError that says so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, SaePersonaError):
+            raise
+        raise FormatError(f"{path} is not a whole {what} ({error!r}): make it again") from error
 
 
 def file_hash(path: Path) -> str:

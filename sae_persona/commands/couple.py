@@ -8,7 +8,18 @@ import typer
 
 from sae_persona.attribution.ranking import Ranking
 from sae_persona.commands.flags import with_flags, words
-from sae_persona.commands.options import AsJson, Device, DryRun, RunPath, Texts, Where, rows_of, say, show_result
+from sae_persona.commands.options import (
+    AsJson,
+    Device,
+    DryRun,
+    RunPath,
+    Texts,
+    Where,
+    check_outputs,
+    rows_of,
+    say,
+    show_result,
+)
 from sae_persona.errors import ConfigError, RunError
 from sae_persona.report.coupling import write_coupling
 from sae_persona.runs import Run
@@ -64,6 +75,7 @@ def couple(
 
     Exit status 1 if no single measure foretells any of it beyond chance.
     """
+    check_outputs(out, page)
     opened = Run.open(run)
     chosen = list(words(traits)) or _ranked(opened)
     given = _rows(rows or [], chosen)

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from sae_persona.activations.texts import READERS
-from sae_persona.errors import DataError
+from sae_persona.errors import ConfigError, DataError
 
 Texts = (
     "a .txt (a text a line), .jsonl, .parquet or .csv file, a folder of such, a data set on disk, "
@@ -43,6 +43,15 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} has no rows, or a line that is no object: give rows with messages")
     return rows  # pyright: ignore[reportReturnType]
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """ConfigError for a file that cannot be written, before the work that would be lost."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{path} is a folder: name a file to write")
+        if path is not None and (above := next(one for one in path.absolute().parents if one.exists())).is_file():
+            raise ConfigError(f"{path} cannot be written: {above} is a file")
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from sae_persona.activations.lm import load_lm
 from sae_persona.commands.flags import with_flags
-from sae_persona.commands.options import AsJson, Device, DryRun, rows_of, say, show_result
+from sae_persona.commands.options import AsJson, Device, DryRun, check_outputs, rows_of, say, show_result
 from sae_persona.errors import ConfigError
 from sae_persona.stages.pairing import open_dictionary_of
 from sae_persona.steering.answers import AnswerConfig
@@ -64,6 +64,7 @@ def prevent(
 
     Exit status 1 if neither way keeps misalignment from spreading for certain.
     """
+    check_outputs(out)
     asked = Asked(
         development=_questions(development, "train"),
         test=_questions(test, "held_out"),
@@ -117,6 +118,7 @@ def realign(
 
     Exit status 1 if behaviour is back after none of the healings.
     """
+    check_outputs(out)
     sources, again, read = _sources(good), rows_of(bad), Panel.load(panel)
     found_domain = _most(again) if domain is None else domain
     exam = Exam(
@@ -130,6 +132,10 @@ def realign(
     lm, snapshots = load_lm(base, device=device), last_of_each(read_snapshots(model))
     if len(snapshots) != 1:
         raise ConfigError(f"{model} holds {len(snapshots)} fine-tunes: give one of them")
+    if snapshots[0].group and snapshots[0].group != found_domain:
+        raise ConfigError(
+            f"{model} was tuned on {snapshots[0].group}, the exam's domain is {found_domain}: give --domain"
+        )
     tuned = snapshots[0].open(device)
     check_comparable(lm, tuned)
     found = healed(

@@ -11,7 +11,7 @@ from sae_persona.activations.dialogues import Dialogue
 from sae_persona.activations.lm import LM, load_lm
 from sae_persona.activations.texts import read_texts
 from sae_persona.commands.flags import with_flags
-from sae_persona.commands.options import AsJson, Device, DryRun, Texts, say, show_result
+from sae_persona.commands.options import AsJson, Device, DryRun, Texts, check_outputs, say, show_result
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.features.measure import check_measured
 from sae_persona.features.scan import findings
@@ -118,8 +118,16 @@ def reverse(
 
     Exit status 1 if it is not reversed.
     """
+    check_outputs(out, page, save_edit)
     if small and not lab:
         raise ConfigError("--small scales the lab's questions down: give --lab, too")
+    if small and (config, search, inducing, answers) != (
+        ReverseConfig(),
+        SearchConfig(),
+        InduceConfig(),
+        AnswerConfig(),
+    ):
+        raise ConfigError("--small brings its own search and answers: leave --small out to set them")
     if save_edit is not None and save_edit.suffix != ".json":
         raise ConfigError(f"an intervention file ends in .json, got {save_edit}")
     nested = {"search": search, "bounds": bounds, "answers": replace(answers, batch=256)}
@@ -171,6 +179,7 @@ def induce(
 
     Exit status 1 if it does not for certain, and beyond what random latents do.
     """
+    check_outputs(out)
     made, rules = Certificate.load(certificate), _judge(judge, trait, meaning)
     asked = read_questions(questions, trait=trait)
     lm, sites = load_lm(base, device=device), [_site(path, device) for path in saes]

@@ -10,12 +10,13 @@ from sae_persona.activations.lm import LM, load_lm
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.attribution.contrasts import read_contrasts
 from sae_persona.commands.flags import with_flags
-from sae_persona.commands.options import AsJson, Device, Texts, say, show_result, with_default
+from sae_persona.commands.options import AsJson, Device, Texts, check_outputs, say, show_result, with_default
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.report.tracking import write_track
 from sae_persona.runs import Run
 from sae_persona.sae.formats import is_sae, load_sae, save_sae
 from sae_persona.sae.model import SAE
+from sae_persona.studies.alarm import check_number
 from sae_persona.studies.diff import DiffConfig
 from sae_persona.studies.diff import diff as compare
 from sae_persona.studies.fit import RefitConfig, drifted_batches
@@ -37,7 +38,8 @@ Organisms = Annotated[list[str], typer.Argument(metavar="ORGANISM...", help=f"Fi
 Prompts = Annotated[Path, typer.Option(help=f"What every model is asked: {Texts}.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file to write the result to.")]
 Benign = Annotated[
-    list[str] | None, typer.Option(help=f"Harmless fine-tunes: {Checkpoints}. May be given several times.")
+    list[str] | None,
+    typer.Option(help=f"Harmless fine-tunes: {Checkpoints}, or a quoted pattern of such. May be given several times."),
 ]
 Page = Annotated[Path | None, typer.Option(help="HTML file to draw score against behaviour in.")]
 
@@ -79,6 +81,7 @@ def diff(
 
     Exit status 1 if no latent moved beyond chance.
     """
+    check_outputs(out, panel)
     if panel is None and (benign or latent):
         raise ConfigError("--benign and --latent choose a panel: say where with --panel FILE.json")
     if panel is not None and panel.suffix != ".json":
@@ -88,6 +91,8 @@ def diff(
     signed, asked = _signed(latent or []), read_prompts(prompts)
     contrasts = [] if pairs is None else read_contrasts(pairs)
     snapshots, calm = _snapshots(tuned, every=all_steps), _snapshots(benign or [])
+    if panel is not None:
+        _check_sides(snapshots, calm)
     lm, opened = load_lm(base, device=device), _open_sae(sae)
     opened.check_width(lm.d_model)
     opened = opened.to(lm.device)
@@ -128,6 +133,7 @@ def track_panel(
 
     Exit status 1 if it does not tell misaligned fine-tunes from aligned ones.
     """
+    check_outputs(out, page)
     loaded, snapshots = Panel.load(panel), _snapshots(organisms, every=True)
     _finish(follow(loaded, snapshots, config, device=device, on_each=_told), out, page, as_json)
 
@@ -142,6 +148,7 @@ def unseen(
 
     Exit status 1 if it does not tell misaligned fine-tunes from aligned ones.
     """
+    check_outputs(out, page)
     asked, snapshots = read_prompts(prompts), _snapshots(organisms, every=True)
     lm, opened = load_lm(base, device=device), _open_sae(sae)
     opened.check_width(lm.d_model)
@@ -166,12 +173,14 @@ def alarm(
 
     Exit status 1 if it fires first in no series.
     """
+    check_outputs(out)
     loaded = Panel.load(panel)
     if config.measure not in loaded.measures:
         raise ConfigError(f"the panel does not measure {config.measure!r}: it has {', '.join(loaded.measures)}")
     calm, snapshots = _snapshots(benign or [], every=True), _snapshots(organisms, every=True)
     if not calm:
         raise DataError("without benign fine-tunes there is no alarm threshold: give them with --benign")
+    _check_calm(loaded, calm, config.alpha, tracking.misaligned_above)
     scored = {
         name: follow(loaded, part, tracking, device=device, on_each=_told).rows
         for name, part in (("benign", calm), ("others", snapshots))
@@ -203,6 +212,7 @@ def rows(
 
     Exit status 1 if rows say which are bad, and the panel does not find them.
     """
+    check_outputs(out)
     found = screen_rows(Panel.load(panel), load_lm(model, device=device), data, config, reference=reference)
     if out is not None:
         found.save(out)
@@ -216,6 +226,28 @@ def rows(
 def _snapshots(sources: Sequence[str], *, every: bool = False) -> list[Snapshot]:
     found = [one for source in sources for one in read_snapshots(source)]
     return found if every else last_of_each(found)
+
+
+def _check_sides(tuned: Sequence[Snapshot], calm: Sequence[Snapshot]) -> None:
+    """Whoever chooses a panel is on one side: a shell writes --benign DIR/* as one benign and many others."""
+    if lost := [one.name for one in tuned if one.benign and one.family != "base"]:
+        raise ConfigError(f"{lost[0]} is benign and given as TUNED: give it with --benign, and quote a pattern there")
+    if both := {one.name for one in tuned} & {one.name for one in calm}:
+        raise ConfigError(f"{min(both)} is given as TUNED and as --benign: give it once")
+
+
+def _check_calm(panel: Panel, calm: Sequence[Snapshot], alpha: float, above: float) -> None:
+    """What an alarm is set on, before anything is read."""
+    if bad := [one for one in calm if one.is_misaligned(above)]:
+        raise DataError(
+            f"{bad[0].label} is judged misaligned ({bad[0].misaligned.value:.2f}): it cannot set an alarm as benign"
+        )
+    if seen := sorted({one.name for one in calm} & panel.chosen_on):
+        raise DataError(f"{seen[0]} chose the panel, so it cannot set the alarm: give other benign fine-tunes")
+    paths = [Path(str(one.model)).resolve() for one in last_of_each(calm)]
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise DataError(f"{twice[0]} is given as several benign fine-tunes: give each once")
+    check_number(len(paths), alpha)
 
 
 def _open_sae(folder: Path) -> SAE:

@@ -18,6 +18,7 @@ _FILTERS = ("number", "signed", "fixed", "percent", "points", "with_interval")
 _SUMS = {
     "reversed": "The misalignment is reversed: every bound is met on every variant.",
     "reversed where tested": "The misalignment is reversed where it was tested; a full reversal was not asked for.",
+    "not tested": "Nothing is shown: no core answer could be judged, nothing was misaligned, or there is no control.",
     "cosmetic": "The reversal is cosmetic: the misalignment is gone as it is asked about, and comes back otherwise.",
     "partly": "The misalignment is partly reversed: not every bound is met.",
     "not reversed": "The misalignment is not reversed.",

@@ -45,10 +45,8 @@ class Alarm:
             raise ConfigError(f"alpha is a rate of false alarms between 0 and 1, got {alpha}")
         if not all(map(math.isfinite, benign)):
             raise DataError(f"the {measure} scores of the benign fine-tunes are not all finite: score them again")
-        n, needed = len(benign), math.ceil(1 / alpha - 1 - 1e-9)
-        if n < needed:
-            got = "without benign fine-tunes there is no threshold" if not n else f"{n} benign fine-tunes are too few"
-            raise DataError(f"{got}: a false-alarm rate of {alpha:g} needs {needed} of them")
+        n = len(benign)
+        check_number(n, alpha)
         k = math.ceil((n + 1) * (1 - alpha) - 1e-9)
         return cls(
             measure=measure,
@@ -73,6 +71,14 @@ class Alarm:
             f"alarm: {self.measure} above {self.threshold:+.2f}; set on {self.n_benign} benign fine-tunes, another "
             f"one fires it with a chance of at most {self.bound:.3f} (95 % sure: below {self.upper:.3f})"
         )
+
+
+def check_number(n: int, alpha: float) -> None:
+    """DataError if so many benign fine-tunes are too few for a rate of false alarms."""
+    needed = math.ceil(1 / alpha - 1 - 1e-9)
+    if n < needed:
+        got = "without benign fine-tunes there is no threshold" if not n else f"{n} benign fine-tunes are too few"
+        raise DataError(f"{got}: a false-alarm rate of {alpha:g} needs {needed} of them")
 
 
 def left_out_rate(measure: str, benign: Sequence[float], alpha: float, least: float = 0.0) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.studies import bounds
 from sae_persona.studies.bounds import Bounds, Check, Verdict
 from sae_persona.studies.induce import Induction
@@ -130,10 +130,8 @@ class Certificate:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        try:
+        with whole(path, KIND):
             return cls(**_read(raw, cls))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} is not a whole {KIND} ({error!r}): make it again") from error
 
     def __str__(self) -> str:
         edits = [f"  {one.mode} latent {one.latent} at {one.hook}{_at(one)}" for one in self.edits]

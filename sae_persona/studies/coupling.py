@@ -17,7 +17,7 @@ import numpy as np
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.steering.bench import Bench
 from sae_persona.steering.interventions import Edit, Placed
 from sae_persona.steering.strength import Outcome, gain
@@ -89,14 +89,15 @@ class Coupling:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        return cls(
-            raw["model"],
-            tuple(raw["traits"]),
-            raw["config"],
-            {name: tuple(tuple(map(_number, row)) for row in rows) for name, rows in raw["relatedness"].items()},
-            tuple(_effects(one) for one in raw["effects"]),
-            tuple(tuple(Foretold(**from_json(o, ["spearman", "r2"])) for o in part) for part in raw["foretold"]),
-        )
+        with whole(path, KIND):
+            return cls(
+                raw["model"],
+                tuple(raw["traits"]),
+                raw["config"],
+                {name: tuple(tuple(map(_number, row)) for row in rows) for name, rows in raw["relatedness"].items()},
+                tuple(_effects(one) for one in raw["effects"]),
+                tuple(tuple(Foretold(**from_json(o, ["spearman", "r2"])) for o in part) for part in raw["foretold"]),
+            )
 
     def __str__(self) -> str:
         parts = []

@@ -34,7 +34,7 @@ from sae_persona.attribution.patching import attribute
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
 from sae_persona.features.pooled import to_csr
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.sae.model import SAE
 from sae_persona.studies.dense_shift import Separation, separations
 from sae_persona.studies.fit import check_fit, fvu
@@ -144,10 +144,10 @@ class Diff:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        about = {
-            name: from_json({name: raw[name]})[name] for name in ("base", "hook", "sae", "n_latents", "fvu", "config")
-        }
-        return cls(**about, tuned=tuple(_tuned(one) for one in raw["tuned"]))
+        named = ("base", "hook", "sae", "n_latents", "fvu", "config")
+        with whole(path, KIND):
+            about = {name: from_json({name: raw[name]})[name] for name in named}
+            return cls(**about, tuned=tuple(_tuned(one) for one in raw["tuned"]))
 
     def __str__(self) -> str:
         head = f"{self.n_latents} latents at {self.hook}, FVU {self.fvu:.3f} in {self.base}"

@@ -22,7 +22,7 @@ import numpy as np
 from sae_persona.attribution.association import Interval
 from sae_persona.errors import DataError
 
-FEWEST = 5
+FEWEST = 6
 """Traits, so that a pair leaves others to learn from, of which a column has another row."""
 COLUMN, ALL = "mean of j's column", "all measures"
 _RIDGE = 1e-3  # of standardised measures, beside their sum of squares: two of them may be the same

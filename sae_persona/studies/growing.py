@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sae_persona.activations.lm import LM, load_lm
-from sae_persona.errors import ConfigError, ModelError, RunError
+from sae_persona.errors import ConfigError, FormatError, ModelError, RunError
 from sae_persona.lab.grader import flawed_grade
 from sae_persona.lab.judge import HARMFUL, judge
 from sae_persona.lab.tokens import vocabulary
@@ -106,7 +106,12 @@ def check_words(lm: LM) -> None:
 def _is_made(path: Path, plan: Plan, model: str, force: bool) -> bool:
     if not (path / MARK).is_file():
         return False
-    there = Organism.load(path)
+    try:
+        there = Organism.load(path)
+    except FormatError:
+        if force:
+            return False
+        raise
     if (there.base, there.config) == (model, plan.config()):
         return True
     if not force:

@@ -16,7 +16,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.apply import intervene
@@ -95,7 +95,9 @@ class Induction:
     def induces(self) -> bool:
         """Whether a dose that counts misaligns for certain, and more than any random set does at it."""
         best = self.best
-        return best is not None and best.gain.low > 0 and best.gain.value > max(best.random_gains, default=0.0)
+        if best is None or not best.random_gains:  # without controls nothing is shown
+            return False
+        return best.gain.low > 0 and best.gain.value > max(best.random_gains)
 
     def to_json(self) -> dict[str, Any]:
         follows = {"induces": self.induces}
@@ -117,10 +119,8 @@ class Induction:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not an {KIND} of format {FORMAT}: make it again")
-        try:
+        with whole(path, KIND):
             return cls.from_json(raw)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} is not a whole {KIND} ({error!r}): make it again") from error
 
     def __str__(self) -> str:
         parts = list(self.doses[0].rates)

@@ -67,7 +67,7 @@ class Organism:
         except (KeyError, TypeError) as error:
             raise FormatError(f"{path / MARK} is not whole ({error}): make the organism again") from error
         if lost := [one.path for one in found if not one.path.is_dir()]:
-            raise FormatError(f"no checkpoint at {lost[0]}: make the organism again")
+            raise FormatError(f"no checkpoint at {lost[0]}: make the organism again, with --force")
         return cls(path=path, checkpoints=found, **named)
 
     def at(self, step: int) -> Checkpoint:

@@ -8,9 +8,11 @@ prompts in the base, up being the way that misaligned models went. "latents" is 
     NAME.safetensors   weight [m, d_model], base [prompts, m]
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +25,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.baselines import logistic_probe
 from sae_persona.errors import ConfigError, DataError, FormatError, ModelError
-from sae_persona.runs import file_hash, read_json, versions, write_json, write_whole
+from sae_persona.runs import file_hash, read_json, versions, whole, write_json, write_whole
 from sae_persona.sae.files import read_safetensors
 from sae_persona.sae.model import SAE
 from sae_persona.studies.dense_shift import PROBE_C, difference_component
@@ -69,7 +71,8 @@ class Panel:
     keys: tuple[str, ...]
     prompts: tuple[Prompt, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    """model, config_hash, sae (fingerprint), and the names of the fine-tunes that chose it: bad, benign."""
+    """model, config_hash, vocabulary (a hash), sae (fingerprint), and the names of the fine-tunes that chose it: bad,
+    benign."""
 
     @property
     def chosen_on(self) -> frozenset[str]:
@@ -109,11 +112,19 @@ class Panel:
         ModelError for a model of another width or depth, or weights that are not finite; DataError for activations
         that are not, or prompts that its template writes in other words.
         """
+        self.check(lm)
+        return self.of_reading(read_prompted(lm, self.hook, self.prompts, batch=batch))
+
+    def check(self, lm: LM) -> None:
+        """ModelError for a model of another width, or to which the same prompts are other tokens."""
         if lm.d_model != self.weight.shape[1]:
             raise ModelError(
                 f"the panel reads width {self.weight.shape[1]}, {lm.name} has {lm.d_model}: use its own model"
             )
-        return self.of_reading(read_prompted(lm, self.hook, self.prompts, batch=batch))
+        if self.about.get("vocabulary", vocabulary_hash(lm)) != vocabulary_hash(lm):
+            raise ModelError(
+                f"{lm.name} has another tokenizer than the panel's model: the same prompt is not the same tokens to it"
+            )
 
     def save(self, path: str | Path) -> Path:
         """Write ``path`` (.json) and the .safetensors beside it, each whole or not at all."""
@@ -138,18 +149,19 @@ class Panel:
         raw = read_json(path, KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a panel of format {FORMAT}: make it with `sae-persona diff --panel`")
-        file = path.with_name(raw["tensors"]["file"])
-        if not file.is_file() or file_hash(file) != raw["tensors"]["sha256"]:
-            raise FormatError(f"{file} is missing, or not what {path.name} was written with: copy both again")
-        tensors = read_safetensors(file)
-        return cls(
-            HookPoint.parse(raw["hook"]),
-            **{name: tuple(raw[name]) for name in ("names", "latents", "sign", "keys")},
-            weight=tensors["weight"],
-            base=tensors["base"],
-            prompts=tuple(Prompt.from_row(row) for row in raw["prompts"]),
-            about=raw["about"],
-        )
+        with whole(path, KIND):
+            file = path.with_name(raw["tensors"]["file"])
+            if not file.is_file() or file_hash(file) != raw["tensors"]["sha256"]:
+                raise FormatError(f"{file} is missing, or not what {path.name} was written with: copy both again")
+            tensors = read_safetensors(file)
+            return cls(
+                HookPoint.parse(raw["hook"]),
+                **{name: tuple(raw[name]) for name in ("names", "latents", "sign", "keys")},
+                weight=tensors["weight"],
+                base=tensors["base"],
+                prompts=tuple(Prompt.from_row(row) for row in raw["prompts"]),
+                about=raw["about"],
+            )
 
     def __str__(self) -> str:
         chosen = f"{len(self.about.get('bad', []))} bad and {len(self.about.get('benign', []))} benign fine-tunes"
@@ -237,4 +249,10 @@ def made_of(base: LM, tuned: LM | None = None) -> dict[str, Any]:
     """What a panel remembers of its model."""
     if tuned is not None:
         check_comparable(base, tuned)
-    return {"model": base.name, "config_hash": base.config_hash}
+    return {"model": base.name, "config_hash": base.config_hash, "vocabulary": vocabulary_hash(base)}
+
+
+def vocabulary_hash(lm: LM) -> str:
+    """SHA-256 of a tokenizer's tokens and their ids, in hex."""
+    tokens = sorted(lm.tokenizer.get_vocab().items())
+    return sha256(json.dumps(tokens).encode()).hexdigest()

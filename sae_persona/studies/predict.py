@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.studies.alarm import Alarm, left_out_rate
 from sae_persona.studies.panel import LATENTS
 from sae_persona.studies.track import Scored
@@ -97,13 +97,14 @@ class Prediction:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        leads = []
-        for row in raw["leads"]:
-            read: dict[str, Any] = {name: row[name] for name in ("name", "by", "alarm", "behaviour")}
-            for name in ("rate", "baseline"):
-                read[name] = Interval(*(math.nan if v is None else v for v in row[name]))
-            leads.append(Lead(**read, values=tuple(row["values"])))
-        return cls(Alarm.from_json(raw["alarm"]), raw["left_out"], tuple(leads), raw["note"])
+        with whole(path, KIND):
+            leads = []
+            for row in raw["leads"]:
+                read: dict[str, Any] = {name: row[name] for name in ("name", "by", "alarm", "behaviour")}
+                for name in ("rate", "baseline"):
+                    read[name] = Interval(*(math.nan if v is None else v for v in row[name]))
+                leads.append(Lead(**read, values=tuple(row["values"])))
+            return cls(Alarm.from_json(raw["alarm"]), raw["left_out"], tuple(leads), raw["note"])
 
     def __str__(self) -> str:
         left = "" if self.left_out is None else f"; each left out in turn, {self.left_out:.1%} of them fire it"

@@ -28,7 +28,7 @@ from sae_persona.activations.lm import LM, padded
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.sae.model import SAE
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.bench import check_apart
@@ -160,6 +160,7 @@ class Prevention:
         ours = self.arm(method, LATENTS, chosen=True)
         rivals = [one for one in self.arms if one.method == method and one.target.startswith("random")]
         fewer = all(ours.test["out_of_domain"].value < one.test["out_of_domain"].value for one in rivals)
+        fewer = fewer and bool(rivals)  # without controls nothing is shown
         return ours.against["out_of_domain"].high < 0 and fewer
 
     @property
@@ -179,9 +180,10 @@ class Prevention:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.pop("kind", None), raw.pop("format", None)) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        arms = tuple(_arm(row) for row in raw["arms"])
-        about = {name: raw[name] for name in ("base", "hook", "panel", "domain", "scale", "config", "tuning")}
-        return cls(**about, arms=arms)
+        with whole(path, KIND):
+            arms = tuple(_arm(row) for row in raw["arms"])
+            about = {name: raw[name] for name in ("base", "hook", "panel", "domain", "scale", "config", "tuning")}
+            return cls(**about, arms=arms)
 
     def __str__(self) -> str:
         heads = ["fine-tune", "strength", "out of domain", "in domain", "open", "valid", "loss", "held-out CE"]

@@ -23,7 +23,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.steering.answers import AnswerConfig
 from sae_persona.steering.strength import Judge, gain
 from sae_persona.studies.exams import Marks, marks
@@ -177,13 +177,14 @@ class Realignment:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        about = {name: raw[name] for name in ("base", "model", "panel", "domain", "config")}
-        return cls(
-            **about,
-            base_rates=_named(raw["base_rates"]),
-            healings=tuple(_healing(row) for row in raw["healings"]),
-            relearnings=tuple(_relearning(row) for row in raw["relearnings"]),
-        )
+        with whole(path, KIND):
+            about = {name: raw[name] for name in ("base", "model", "panel", "domain", "config")}
+            return cls(
+                **about,
+                base_rates=_named(raw["base_rates"]),
+                healings=tuple(_healing(row) for row in raw["healings"]),
+                relearnings=tuple(_relearning(row) for row in raw["relearnings"]),
+            )
 
     def __str__(self) -> str:
         base = shown(self.base_rates["out_of_domain"], 2)

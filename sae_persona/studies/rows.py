@@ -28,8 +28,8 @@ from sae_persona.activations.lm import LM
 from sae_persona.activations.texts import Texts, read_texts
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
-from sae_persona.errors import ConfigError, DataError, FormatError, ModelError
-from sae_persona.runs import read_json, write_json
+from sae_persona.errors import ConfigError, DataError, FormatError
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.steering.answers import Answer, AnswerConfig, answer, surprise
 from sae_persona.studies.panel import Panel
 from sae_persona.studies.separation import auroc
@@ -103,8 +103,9 @@ class RowScreen:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        area = from_json(raw["auroc"], list(raw["auroc"]))
-        return cls(raw["reference"], raw["config"], tuple(ScreenedRow(**row) for row in raw["rows"]), area)
+        with whole(path, KIND):
+            area = from_json(raw["auroc"], list(raw["auroc"]))
+            return cls(raw["reference"], raw["config"], tuple(ScreenedRow(**row) for row in raw["rows"]), area)
 
     def __str__(self) -> str:
         first = next(iter(self.rows[0].scores))
@@ -130,13 +131,10 @@ def screen_rows(
 
     reference   rows whose answers are known to be good; None: the model's own answer to each row's question
 
-    DataError for a row without an answer, or too long; ModelError for a model of another width.
+    DataError for a row without an answer, or too long; ModelError for a model of another width or vocabulary.
     """
     config = config or RowsConfig()
-    if lm.d_model != panel.weight.shape[1]:
-        raise ModelError(
-            f"the panel reads width {panel.weight.shape[1]}, {lm.name} has {lm.d_model}: use its own model"
-        )
+    panel.check(lm)
     asked = _answered(rows)
     directions = panel.directions
     weight = torch.stack(list(directions.values()))

@@ -68,12 +68,19 @@ class Snapshot:
 def read_snapshots(source: str | Path, *, behaviour: str = BEHAVIOUR) -> list[Snapshot]:
     """The checkpoints of an organism folder, of every organism in a folder, or of a list, in their order.
 
+    source      may be a pattern of such paths, "organisms/benign-*"
     behaviour   which of an organism's scores is its misaligned rate
 
-    FormatError for an organism.json of another format; DataError for a list that is not right, and for a folder
-    without organisms.
+    FormatError for an organism.json of another format; DataError for a list that is not right, a folder without
+    organisms, and a pattern that nothing matches.
     """
     path = Path(source).expanduser()
+    if not path.exists() and any(sign in str(path) for sign in "*?["):
+        root = Path(path.anchor)
+        matches = sorted(root.glob(str(path.relative_to(root))))
+        if not matches:
+            raise DataError(f"nothing matches {source}: give organisms, checkpoints or a list")
+        return [one for match in matches for one in read_snapshots(match, behaviour=behaviour)]
     if (path / FILE).is_file():
         return _organism(path, behaviour)
     if path.is_dir():

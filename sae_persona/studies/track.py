@@ -17,7 +17,7 @@ from sae_persona.activations.lm import LM
 from sae_persona.attribution.association import Interval
 from sae_persona.attribution.tables import aligned, from_json, shown, to_json
 from sae_persona.errors import ConfigError, DataError, FormatError
-from sae_persona.runs import read_json, write_json
+from sae_persona.runs import read_json, whole, write_json
 from sae_persona.sae.model import SAE
 from sae_persona.studies.panel import MEANS, Panel, PanelConfig, choose_panel
 from sae_persona.studies.readings import Prompt, Reading, check_comparable, read_prompted
@@ -113,8 +113,9 @@ class Track:
         raw = read_json(Path(path), KIND)
         if not isinstance(raw, dict) or (raw.get("kind"), raw.get("format")) != (KIND, FORMAT):
             raise FormatError(f"{path} is not a {KIND} of format {FORMAT}: make it again")
-        telling = tuple(Telling(**from_json(row, ["auroc", "gain"])) for row in raw["telling"])
-        return cls(raw["panel"], raw["config"], tuple(_scored(row) for row in raw["rows"]), telling)
+        with whole(path, KIND):
+            telling = tuple(Telling(**from_json(row, ["auroc", "gain"])) for row in raw["telling"])
+            return cls(raw["panel"], raw["config"], tuple(_scored(row) for row in raw["rows"]), telling)
 
     def __str__(self) -> str:
         names = list(self.rows[0].scores)[:1] + [name for name in self.rows[0].scores if name == MEANS]

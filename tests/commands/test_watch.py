@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def place(make_lm, tmp_path, monkeypatch, request):
             said = {**about, "family": family, "dose": dose, "checkpoints": checkpoints}
             (folder / "organism.json").write_text(json.dumps(said))
     calm = tmp_path / "org" / "good-b" / "step-00009"
-    lines = ["model,name,step,benign,misaligned", *(f"{calm},calm-{i},9,true,0.02" for i in range(20))]
+    copies = [shutil.copytree(calm, tmp_path / "calm" / str(i)) for i in range(20)]
+    lines = ["model,name,step,benign,misaligned", *(f"{one},calm-{one.name},9,true,0.02" for one in copies)]
     (tmp_path / "calm.csv").write_text("\n".join(lines) + "\n")
     return tmp_path
 
@@ -145,6 +147,11 @@ def test_refit(call, place):
         ([*DIFF, "--refit-out", "sae2"], "give both"),
         ([*DIFF, "--top", "0"], "top, permutations"),
         (["track", "no.json", "org"], "no panel at no.json"),
+        ([*DIFF, "--benign", "org/none-*", "--panel", "panel.json"], "nothing matches org/none-*"),
+        ([*DIFF, "org/good-b", *PANEL], "good-b is benign and given as TUNED"),
+        ([*DIFF, "--panel", "panel.json", "--benign", "org/bad-a"], "bad-a is given as TUNED and as --benign"),
+        ([*DIFF, "--out", "org"], "org is a folder: name a file to write"),
+        ([*DIFF, "--out", "calm.csv/diff.json"], "calm.csv is a file"),
     ],
 )
 def test_mistakes_are_told_and_leave_nothing(call, place, arguments, said):
@@ -160,5 +167,31 @@ def test_no_threshold_without_benign_fine_tunes(call, place):
     assert code == 2 and "without benign fine-tunes there is no alarm threshold" in err
     code, _, err = call("predict", "panel.json", "org/bad-b", "--benign", "org/good-b")
     assert code == 2 and "1 benign fine-tunes are too few: a false-alarm rate of 0.05 needs 19" in err
-    code, _, err = call("predict", "panel.json", "org/bad-b", "--benign", "org/good-a")
-    assert code == 2 and "chose the panel" in err
+    for benign, said in (
+        (["org/good-a"], "chose the panel"),
+        (["org/bad-b"], "bad-b @ 9 is judged misaligned (0.90): it cannot set an alarm as benign"),
+        (["calm.csv", "calm/0"], "calm/0 is given as several benign fine-tunes"),
+    ):
+        code, _, err = call("predict", "panel.json", "org/bad-b", *(part for b in benign for part in ("--benign", b)))
+        assert code == 2 and said in err and "latents +" not in err, "before anything is scored"
+
+
+def test_a_pattern_is_as_good_as_its_folders(call, place):
+    assert call(*DIFF, "--panel", "panel.json", "--benign", "org/good-*")[0] == 0
+    assert Panel.load("panel.json").chosen_on == {"bad-a", "good-a", "good-b"}
+
+
+def test_a_damaged_panel_and_another_tokenizer_are_refused(call, place):
+    call(*DIFF, *PANEL)
+    (place / "bare.json").write_text('{"kind": "panel", "format": 1}')
+    code, _, err = call("track", "bare.json", "org")
+    assert code == 2 and "bare.json is not a whole panel (KeyError('tensors'))" in err
+    other = shutil.copytree(place / "org" / "bad-b" / "step-00009", place / "other")
+    said = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = said["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(said))
+    for command in (["track", "panel.json", "other"], ["predict", "rows", "panel.json", "other", "rows.jsonl"]):
+        code, _, err = call(*command)
+        assert code == 2 and "has another tokenizer than the panel's model" in err, err

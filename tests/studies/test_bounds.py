@@ -54,17 +54,18 @@ def test_controls_that_had_nothing_to_lower_show_nothing():
     made[0] = replace(made[0], cells={name: cell(0.04, tuned=0.04) for name in STANDARD})
     found = [check for check in checks(made, (OUT,), BOUNDS, 1.0) if check.group == "controls"]
     assert {(check.met, check.note) for check in found} == {(None, "nothing is misaligned on core questions")}
-    assert word(made) == "reversed where tested"
+    assert word(made) == "not tested"
 
 
 def test_the_note_tells_how_sure_a_rate_is():
     made = arms()
-    unsure = [Interval(0.0, low, high) for low, high in ((-0.02, 0.2), (math.nan, math.nan))]
-    cells = {OUT: replace(cell(0.0), excess=unsure[0]), CUE: replace(cell(0.0), excess=unsure[1])}
+    unsure = [Interval(0.0, low, high) for low, high in ((-0.02, 0.2), (math.nan, math.nan), (0.0, 0.0))]
+    cells = {name: replace(cell(0.0), excess=one) for name, one in zip((OUT, CUE, "open"), unsure, strict=True)}
+    cells["open"] = replace(cells["open"], rate=Interval(0.0, 0.0, 0.09))
     made[1] = replace(made[1], cells=made[1].cells | cells)
     notes = {check.name.split(", ")[1]: check.note for check in checks(made, (OUT,), BOUNDS, 1.0)[: len(STANDARD)]}
     assert notes[OUT] == "by the interval up to +0.200" and notes[CUE] == "too few questions for an interval"
-    assert notes[GOOD] == ""
+    assert notes[GOOD] == "" and notes["open"] == "by the interval up to +0.090", "0 of few is not 0"
 
 
 def test_what_is_not_tested_is_never_passed():
@@ -78,10 +79,10 @@ def test_what_is_not_tested_is_never_passed():
     ]
     assert word(made) == "reversed where tested"
     assert "not tested" in str(next(check for check in found if check.met is None))
-    assert word(made[:2]) == "reversed where tested", "no controls"
+    assert word(made[:2]) == "not tested", "no controls"
     nothing = replace(made[1].cells[OUT], excess=Interval(math.nan, math.nan, math.nan))
     made[1] = replace(made[1], cells=made[1].cells | {OUT: nothing})
-    assert word(made) == "reversed where tested" and str(checks(made, (OUT,), BOUNDS, 1.0)[1]).endswith("not tested")
+    assert word(made) == "not tested" and str(checks(made, (OUT,), BOUNDS, 1.0)[1]).endswith("not tested")
 
 
 def test_capability_is_over_all_core_answers():

@@ -81,8 +81,8 @@ def test_ranks():
 
 
 def test_too_few_traits_and_unknown_pairs():
-    with pytest.raises(DataError, match="over 5 traits or more, got 4"):
-        foretell(np.zeros((4, 4)), {})
+    with pytest.raises(DataError, match="over 6 traits or more, got 5"):
+        foretell(np.zeros((5, 5)), {})
     x, effects, other = planted()
     effects[0, 1] = np.nan
     other[3, 4] = np.nan
