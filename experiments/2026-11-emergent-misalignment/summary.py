@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gather import HERE, gather
-from tables import bounds, foretold, guarded, healed, made, reversals, undone, watched
+from tables import bounds, foretold, guarded, healed, made, other_kinds, reversals, undone, watched
 
 from sae_persona.runs import write_text
 
@@ -17,7 +17,7 @@ from sae_persona.runs import write_text
 def summary(lm: dict[str, Any]) -> str:
     """Every table of one language model; of the parts that have been run."""
     seeds = lm["seeds"]
-    parts = [made(lm["organisms"]), *(watched(*one) for one in seeds.items())]
+    parts = [made(lm["organisms"]), *(watched(*one) for one in seeds.items()), other_kinds(lm["organisms"], seeds)]
     if any(found["reversals"] for found in seeds.values()):
         parts += [reversals(seeds), undone(seeds)]
     for name, table in (("prevent", guarded), ("realign", healed), ("coupling", foretold)):

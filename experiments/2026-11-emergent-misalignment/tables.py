@@ -8,6 +8,8 @@ import numpy as np
 from gather import PARTS
 
 from sae_persona.attribution.tables import aligned
+from sae_persona.studies.alarm import Alarm
+from sae_persona.studies.predict import PredictConfig
 
 VARIANTS = {
     "in domain": "domain",
@@ -90,6 +92,38 @@ def first(leads: list[dict[str, Any]]) -> str:
 
 def _family(name: str) -> str:
     return f"{name.split('-')[0]}{' lora' if '-lora-' in name else ''} by step"
+
+
+def other_kinds(organisms: list[dict[str, Any]], seeds: dict[str, Any]) -> str:
+    """Benign fine-tunes that fire the alarm set on those of other kinds: what the guarantee does not cover."""
+    about = {one["name"]: one for one in organisms if one["family"] == "benign"}
+    table = [["alarm of the latents, set without", *(f"{seed}: fire" for seed in seeds)]]
+    for fact in ("domain", "seed", "variant"):
+        each = [fired_without(found["track"], about, fact) for found in seeds.values()]
+        for value in sorted(each[0], key=str):
+            table.append([f"{fact} {value}", *(f"{one[value][0]} of {one[value][1]}" for one in each)])
+    return text(table)
+
+
+def fired_without(track: dict[str, Any], about: dict[str, Any], fact: str) -> dict[Any, tuple[int, int]]:
+    """Of each value of a fact: how many benign fine-tunes fire the alarm set on the others, of how many."""
+    found = {}
+    peaks = benign_peaks(track, about)
+    for value in {one[fact] for one in about.values()}:
+        out = [peak for name, peak in peaks.items() if about[name][fact] == value]
+        kept = [peak for name, peak in peaks.items() if about[name][fact] != value]
+        alarm = Alarm.of("latents", kept, least=PredictConfig.least)
+        found[value] = (sum(map(alarm.fires, out)), len(out))
+    return found
+
+
+def benign_peaks(track: dict[str, Any], about: dict[str, Any]) -> dict[str, float]:
+    """Highest score of each benign fine-tune that did not choose the panel."""
+    peaks: dict[str, float] = {}
+    for row in track["rows"]:
+        if row["name"] in about and not row["seen"]:
+            peaks[row["name"]] = max(row["scores"]["latents"], peaks.get(row["name"], 0.0))
+    return peaks
 
 
 def certificates(seeds: dict[str, Any], kind: str = "narrow") -> dict[str, dict[str, Any]]:
@@ -183,7 +217,9 @@ def foretold(found: dict[str, Any]) -> str:
 def bounds(lm: dict[str, Any]) -> str:
     """The bounds that were set before the experiment."""
     seeds = lm["seeds"]
-    found = [*_made_bounds(lm["organisms"]), *_watched_bounds(seeds), *_reversed_bounds(certificates(seeds))]
+    organisms = lm["organisms"]
+    narrow = certificates(seeds)
+    found = [*_made_bounds(organisms), *_watched_bounds(organisms, seeds), *_reversed_bounds(narrow)]
     return text([["bound", "wanted", "measured", ""]] + [[*one[:3], "met" if one[3] else "MISSED"] for one in found])
 
 
@@ -199,7 +235,7 @@ def _made_bounds(organisms: list[dict[str, Any]]) -> list[Bound]:
     ]
 
 
-def _watched_bounds(seeds: dict[str, Any]) -> list[Bound]:
+def _watched_bounds(organisms: list[dict[str, Any]], seeds: dict[str, Any]) -> list[Bound]:
     found: list[Bound] = []
     for name, what in (("track", "organisms"), ("unseen", "domains")):
         areas = [seed[name]["telling"][0]["auroc"][0] for seed in seeds.values()]
@@ -208,9 +244,12 @@ def _watched_bounds(seeds: dict[str, Any]) -> list[Bound]:
     domains = [_domains(alarm["leads"]) for alarm in alarms]
     counts = ", ".join(f"{won} of {of}" for won, of in domains)
     found.append(("domains in which the alarm comes first", ">= 3 of 4", counts, min(won for won, _ in domains) >= 3))
-    false = [alarm["left_out"] for alarm in alarms]
+    about = {one["name"]: one for one in organisms if one["family"] == "benign"}
+    fired = [[*fired_without(seed["track"], about, "domain").values()] for seed in seeds.values()]
+    false = [sum(one for one, _ in each) / sum(n for _, n in each) for each in fired]
     n = min(alarm["alarm"]["n_benign"] for alarm in alarms)
-    found.append((f"false alarms, {n} benign", "<= .05 of 40", spread(false), max(false) <= 0.05 and n >= 40))
+    name = f"false alarms, each domain left out of the {n} benign"
+    found.append((name, "<= .05 of 40", spread(false, 3), max(false) <= 0.05 and n >= 40))
     rows = [areas["latents"][0] for seed in seeds.values() for areas in seed["rows"].values()]
     return [*found, ("AUROC of rows, latents", ">= .9", spread(rows, 3), min(rows, default=0) >= 0.9)]
 

@@ -71,7 +71,7 @@ class Prediction:
 
     alarm: Alarm
     left_out: float | None
-    """Share of the benign fine-tunes that fire the alarm set on all the others; None if those are too few."""
+    """Share of the benign fine-tunes that fire the alarm set on those of other groups; None if those are too few."""
     leads: tuple[Lead, ...]
     note: str = ""
     """What whoever reads it has to know."""
@@ -107,7 +107,7 @@ class Prediction:
             return cls(Alarm.from_json(raw["alarm"]), raw["left_out"], tuple(leads), raw["note"])
 
     def __str__(self) -> str:
-        left = "" if self.left_out is None else f"; each left out in turn, {self.left_out:.1%} of them fire it"
+        left = "" if self.left_out is None else f"; {self.left_out:.1%} of them fire one set on the other groups"
         rows = [["series", "by", "alarm at", "behaviour leaves at", "rate at the alarm", "baseline", ""]]
         for lead in self.leads:
             told = "alarm first" if lead.leads else "no lead" if lead.behaviour is not None else "behaviour stays"
@@ -137,7 +137,8 @@ def predict(
     for row in (*benign, *scored):
         if config.measure not in row.scores:
             raise DataError(f"the panel does not measure {config.measure!r}: it has {', '.join(row.scores)}")
-    peaks = _peaks(benign, config.measure)
+    highest = _peaks(benign, config.measure)
+    peaks, groups = list(highest.values()), {row.name: row.group for row in benign}
     alarm = Alarm.of(config.measure, peaks, config.alpha, config.least)
     leads = [_lead(alarm, name, by, rows, baseline or _baseline(by, rows, scored)) for name, by, rows in series(scored)]
     found = tuple(lead for lead in leads if lead is not None)
@@ -145,19 +146,18 @@ def predict(
         raise DataError(
             "no fine-tune has two judged checkpoints, or doses, and a baseline: give organisms with scores, or baseline"
         )
-    return Prediction(
-        alarm, left_out_rate(config.measure, peaks, config.alpha, config.least), found, _note(benign, found)
-    )
+    left_out = left_out_rate(config.measure, peaks, [groups[name] for name in highest], config.alpha, config.least)
+    return Prediction(alarm, left_out, found, _note(benign, found))
 
 
-def _peaks(benign: Sequence[Scored], measure: str) -> list[float]:
+def _peaks(benign: Sequence[Scored], measure: str) -> dict[str, float]:
     """The highest score of each benign fine-tune. It began as the base, whose score is 0, so it is never below."""
     highest: dict[str, float] = {}
     for row in benign:
         if row.seen:
             raise DataError(f"{row.name} chose the panel, so it cannot set the alarm: give other benign fine-tunes")
         highest[row.name] = max(row.scores[measure].value, highest.get(row.name, 0.0))
-    return list(highest.values())
+    return highest
 
 
 def _note(benign: Sequence[Scored], leads: Sequence[Lead]) -> str:

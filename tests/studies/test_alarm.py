@@ -30,8 +30,12 @@ def test_upper_bound_covers_in_19_of_20():
 
 
 def test_left_out():
-    assert left_out_rate("m", [float(i) for i in range(20)], 0.05) == pytest.approx(1 / 20)
-    assert left_out_rate("m", [0.0] * 19, 0.05) is None, "18 are too few"
+    scores, groups = [float(i) for i in range(40)], ["a"] * 20 + ["b"] * 20
+    assert left_out_rate("m", scores, groups, 0.05) == 0.5, "all of the higher group, none of the other"
+    mixed = ["a", "b"] * 20
+    assert left_out_rate("m", scores, mixed, 0.05) == pytest.approx(1 / 40)
+    assert left_out_rate("m", scores, ["a"] * 40, 0.05) is None, "no other group"
+    assert left_out_rate("m", scores[:20], mixed[:20], 0.05) is None, "10 are too few"
 
 
 @pytest.mark.parametrize(

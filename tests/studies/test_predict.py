@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_steps_and_doses(benign, tmp_path):
     asked = [scored("bad", score, rate, step=step, dose=1.0) for step, score, rate in RUN]
     asked += [scored(f"mix-{d}", s, r, dose=d, family="mixture") for d, s, r in ((0.5, 4.0, 0.3), (0.05, 2.0, 0.03))]
     found = predict(benign, asked)
-    assert found.alarm.threshold == 1.9 and found.alarm.n_benign == 20 and found.left_out == pytest.approx(1 / 20)
+    assert found.alarm.threshold == 1.9 and found.alarm.n_benign == 20 and found.left_out is None
     run, doses = found.leads
     assert (run.by, run.alarm, run.behaviour, run.leads) == ("step", 4, 16, True)
     assert run.rate.value == 0.04 and run.baseline.value == 0.02
@@ -40,6 +41,14 @@ def test_steps_and_doses(benign, tmp_path):
     assert "steps 8, 16" in found.note and "steps 8, 16" in str(found)
     found.save(tmp_path / "p.json")
     assert str(Prediction.load(tmp_path / "p.json")) == str(found)
+
+
+def test_each_group_is_held_against_the_alarm_of_the_others(benign):
+    two = [replace(row, group="ab"[int(row.name.split("-")[1]) % 2]) for row in benign]
+    asked = [scored("bad", score, rate, step=step) for step, score, rate in RUN]
+    found = predict(two, asked, PredictConfig(alpha=0.2))
+    assert found.left_out == pytest.approx(3 / 20), "1.7 and 1.9 above 1.6, 1.8 above 1.7"
+    assert "15.0% of them fire one set on the other groups" in str(found)
 
 
 def test_a_late_alarm_is_no_lead(benign):
