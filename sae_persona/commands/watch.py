@@ -10,7 +10,7 @@ from sae_persona.activations.lm import LM, load_lm
 from sae_persona.activations.stream import StreamConfig
 from sae_persona.attribution.contrasts import read_contrasts
 from sae_persona.commands.flags import with_flags
-from sae_persona.commands.options import AsJson, Device, Texts, check_outputs, say, show_result, with_default
+from sae_persona.commands.options import AsJson, Device, DryRun, Texts, check_outputs, say, show_result, with_default
 from sae_persona.errors import ConfigError, DataError
 from sae_persona.report.tracking import write_track
 from sae_persona.runs import Run
@@ -75,6 +75,7 @@ def diff(
     refit_out: Annotated[Path | None, typer.Option(help="Folder for the SAE that --refit made.")] = None,
     out: Out = None,
     device: Device = "cpu",
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """What fine-tunes did to a model, in the latents of an SAE: shifts, attribution, dense directions; a panel of them.
@@ -93,6 +94,9 @@ def diff(
     snapshots, calm = _snapshots(tuned, every=all_steps), _snapshots(benign or [])
     if panel is not None:
         _check_sides(snapshots, calm)
+    if dry_run:
+        _plan(as_json, prompts=[one.id for one in asked], tuned=snapshots, benign=calm)
+        return
     lm, opened = load_lm(base, device=device), _open_sae(sae)
     opened.check_width(lm.d_model)
     opened = opened.to(lm.device)
@@ -127,7 +131,7 @@ track_app = typer.Typer(
 @with_flags(config=TrackConfig)
 def track_panel(
     panel: PanelPath, organisms: Organisms, config: TrackConfig, out: Out = None, page: Page = None,
-    device: Device = "cpu", as_json: AsJson = False,
+    device: Device = "cpu", dry_run: DryRun = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score checkpoints with a panel, and hold the scores against judged behaviour.
 
@@ -135,6 +139,9 @@ def track_panel(
     """
     check_outputs(out, page)
     loaded, snapshots = Panel.load(panel), _snapshots(organisms, every=True)
+    if dry_run:
+        _plan(as_json, prompts=loaded.keys, checkpoints=snapshots)
+        return
     _finish(follow(loaded, snapshots, config, device=device, on_each=_told), out, page, as_json)
 
 
@@ -142,7 +149,7 @@ def track_panel(
 @with_flags(config=TrackConfig, panel_config=PanelConfig)
 def unseen(
     sae: SaePath, base: Base, organisms: Organisms, prompts: Prompts, config: TrackConfig, panel_config: PanelConfig,
-    out: Out = None, page: Page = None, device: Device = "cpu", as_json: AsJson = False,
+    out: Out = None, page: Page = None, device: Device = "cpu", dry_run: DryRun = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose a panel on all groups but one, score that one, and so on: AUROC on unseen fine-tunes.
 
@@ -150,6 +157,9 @@ def unseen(
     """
     check_outputs(out, page)
     asked, snapshots = read_prompts(prompts), _snapshots(organisms, every=True)
+    if dry_run:
+        _plan(as_json, prompts=[one.id for one in asked], checkpoints=snapshots)
+        return
     lm, opened = load_lm(base, device=device), _open_sae(sae)
     opened.check_width(lm.d_model)
     _finish(track_unseen(lm, opened, asked, snapshots, config, panel_config), out, page, as_json)
@@ -167,7 +177,7 @@ predict_app = typer.Typer(
 @with_flags(config=PredictConfig, tracking=TrackConfig)
 def alarm(
     panel: PanelPath, organisms: Organisms, config: PredictConfig, tracking: TrackConfig, benign: Benign = None,
-    out: Out = None, device: Device = "cpu", as_json: AsJson = False,
+    out: Out = None, device: Device = "cpu", dry_run: DryRun = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """The step and dose at which the panel's alarm fires, and those at which behaviour leaves its baseline interval.
 
@@ -181,6 +191,9 @@ def alarm(
     if not calm:
         raise DataError("without benign fine-tunes there is no alarm threshold: give them with --benign")
     _check_calm(loaded, calm, config.alpha, tracking.misaligned_above)
+    if dry_run:
+        _plan(as_json, prompts=loaded.keys, benign=calm, checkpoints=snapshots)
+        return
     scored = {
         name: follow(loaded, part, tracking, device=device, on_each=_told).rows
         for name, part in (("benign", calm), ("others", snapshots))
@@ -226,6 +239,15 @@ def rows(
 def _snapshots(sources: Sequence[str], *, every: bool = False) -> list[Snapshot]:
     found = [one for source in sources for one in read_snapshots(source)]
     return found if every else last_of_each(found)
+
+
+def _plan(as_json: bool, **parts: Sequence[str | Snapshot]) -> None:
+    """What would be read."""
+    named = {name: [one if isinstance(one, str) else one.label for one in part] for name, part in parts.items()}
+    said = [
+        f"{name}: {len(part)}, {', '.join(part[:3])}{', ...' if len(part) > 3 else ''}" for name, part in named.items()
+    ]
+    show_result("\n".join(line.removesuffix(", ") for line in said), named, as_json)
 
 
 def _check_sides(tuned: Sequence[Snapshot], calm: Sequence[Snapshot]) -> None:

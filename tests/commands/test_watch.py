@@ -176,6 +176,23 @@ def test_no_threshold_without_benign_fine_tunes(call, place):
         assert code == 2 and said in err and "latents +" not in err, "before anything is scored"
 
 
+def test_a_dry_run_says_what_would_be_read_and_reads_nothing(call, place):
+    code, out, _ = call(*DIFF, *PANEL, "--dry-run")
+    assert (code, out.splitlines()[1:]) == (0, ["tuned: 1, bad-a @ 9", "benign: 1, good-a @ 9"])
+    assert out.startswith("prompts: 8, 0, 1, 2, ...\n") and not (place / "panel.json").exists()
+    call(*DIFF, *PANEL)
+    for command, said in (
+        (["track", "panel.json", "org"], {"prompts": 8, "checkpoints": 12}),
+        (["track", "unseen", "sae", "base", "org", "--prompts", "prompts.jsonl"], {"prompts": 8, "checkpoints": 12}),
+        (
+            ["predict", "panel.json", "org/bad-b", "--benign", "calm.csv"],
+            {"prompts": 8, "benign": 20, "checkpoints": 3},
+        ),
+    ):
+        code, out, err = call(*command, "--dry-run", "--json")
+        assert code == 0 and {name: len(part) for name, part in json.loads(out).items()} == said, err
+
+
 def test_a_pattern_is_as_good_as_its_folders(call, place):
     assert call(*DIFF, "--panel", "panel.json", "--benign", "org/good-*")[0] == 0
     assert Panel.load("panel.json").chosen_on == {"bad-a", "good-a", "good-b"}
