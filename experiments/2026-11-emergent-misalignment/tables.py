@@ -71,8 +71,11 @@ def watched(seed: str, found: dict[str, Any]) -> str:
         alarm = found[name]["alarm"]
         lines.append(
             f"{name}: above {alarm['threshold']:.2f}, {alarm['n_benign']} benign, {found[name]['left_out']:g} of them "
-            f"above when left out; fires first in {first(found[name]['leads'])}"
+            f"above where their domain is left out; fires first in {first(found[name]['leads'])}"
         )
+        doses = [lead for lead in found[name]["leads"] if lead["by"] == "dose" and lead["leads"]]
+        rates = [np.mean([lead[key][0] for lead in doses]) for key in ("rate", "baseline")]
+        lines.append(f"  where it leads by dose {rates[0]:.3f} are misaligned, {rates[1]:.3f} before")
     measures = defaultdict(list)
     for areas in found["rows"].values():
         for measure, area in areas.items():
