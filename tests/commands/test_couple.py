@@ -11,7 +11,7 @@ from sae_persona.runs import Run
 from sae_persona.stages.pipeline import rank_all_stage
 from sae_persona.studies.coupling import Coupling
 
-TRAITS = ("cheerful", "deceptive", "formal", "sarcastic", "toxic")
+TRAITS = ("cheerful", "deceptive", "formal", "overconfident", "sarcastic", "toxic")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ QUICK = [
 def test_couple(call, place):
     code, out, err = call(*QUICK, "--dry-run", "--rows", "lab")
     assert code == 0, err
-    assert out == f"5 traits ({', '.join(TRAITS)}) by clamp, steer, fine-tune, on 8 questions\n"
+    assert out == f"6 traits ({', '.join(TRAITS)}) by clamp, steer, fine-tune, on 8 questions\n"
     code, out, err = call(*QUICK, "--by", "steer", "--out", "c.json", "--page", "c.html")
     found = Coupling.load("c.json")
     assert out == f"{found}\n" and found.traits == TRAITS and [one.how for one in found.effects] == ["steer"]
-    assert code == (0 if found.is_foretold() else 1) and err.count("steer ") == 5
+    assert code == (0 if found.is_foretold() else 1) and err.count("steer ") == 6
     assert (place / "c.html").read_text().count("<svg") == 2
     (place / "c.json").unlink()
     (place / "c.html").unlink()
@@ -61,7 +61,7 @@ def test_couple(call, place):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([*QUICK, "--traits", "formal,toxic"], "5 different traits or more"),
+        ([*QUICK, "--traits", "formal,toxic"], "6 different traits or more"),
         ([*QUICK, "--rows", "formal=no.jsonl"], "there is none at no.jsonl"),
         ([*QUICK, "--rows", "brave=test.jsonl"], "rows are given as TRAIT=FILE for one of cheerful"),
         ([*QUICK, "--by", ""], "nothing to move traits by"),

@@ -22,7 +22,8 @@ from sae_persona.steering.divergence import DivergenceConfig
 from sae_persona.studies.coupling import Coupling
 from sae_persona.studies.finetune import FinetuneConfig
 
-TRAITS = ("cheerful", "deceptive", "formal", "sarcastic", "toxic")
+TRAITS = ("cheerful", "deceptive", "formal", "overconfident", "sarcastic", "toxic")
+N = len(TRAITS)
 
 
 def questions(part, n):
@@ -59,7 +60,7 @@ def found(run, asked):
 def test_traits_are_steered_and_trained(found, tmp_path):
     assert [one.how for one in found.effects] == ["steer", "fine-tune"]
     steered, tuned = found.effects
-    assert steered.values.shape == (5, 5) and all(s > 0 for s in steered.strengths)
+    assert steered.values.shape == (N, N) and all(s > 0 for s in steered.strengths)
     assert all(math.isnan(s) for s in tuned.strengths) and steered.base == tuned.base
     own = np.diag(tuned.values)
     assert own[TRAITS.index("formal")] > 0.3, "16 formal answers teach to be formal"
@@ -72,9 +73,9 @@ def test_traits_are_steered_and_trained(found, tmp_path):
 
 def test_measures_are_of_the_runs_latents(found, run):
     best = [next(row.latent for row in open_ranking(run, trait) if row.direction > 0) for trait in TRAITS]
-    same = [(i, j) for i in range(5) for j in range(5) if best[i] == best[j]]
+    same = [(i, j) for i in range(N) for j in range(N) if best[i] == best[j]]
     assert all(found.relatedness["cosine of decoders"][i][j] == pytest.approx(1) for i, j in same)
-    assert all(len(m) == 5 and len(m[0]) == 5 for m in found.relatedness.values())
+    assert all(len(m) == N and len(m[0]) == N for m in found.relatedness.values())
     assert [one.by for one in found.foretold[0]] == [one.by for one in found.foretold[1]]
 
 
@@ -82,12 +83,12 @@ def test_what_does_not_fit_is_refused(run, asked):
     def couple(traits, asked=asked, **config):
         return couple_stage(run, open_model(run), traits, asked, CoupleConfig(**config), positions="answer")
 
-    with pytest.raises(DataError, match="5 different traits or more, got formal, toxic"):
+    with pytest.raises(DataError, match="6 different traits or more, got formal, toxic"):
         couple(["formal", "toxic"])
     with pytest.raises(RunError, match="no ranking for evasive"):
-        couple([*TRAITS[:4], "evasive"], replace(asked, rows={}))
+        couple([*TRAITS[:5], "evasive"], replace(asked, rows={}))
     with pytest.raises(DataError, match="no rows to tune toxic on"):
-        rows = {trait: asked.rows[trait] for trait in TRAITS[:4]}
+        rows = {trait: asked.rows[trait] for trait in TRAITS[:5]}
         couple(TRAITS, replace(asked, rows=rows))
     with pytest.raises(ConfigError, match="by is clamp and steer"):
         CoupleConfig(by=("prompt",))
